@@ -1,0 +1,61 @@
+"""Low-bit quantization of vision models, with no training data needed.
+
+The names below are loaded on first use, so that `import qtool` is quick and does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qtool.api.evaluate import evaluate
+    from qtool.api.load import load
+    from qtool.api.quantize import quantize
+    from qtool.api.synthesize import synthesize_images
+    from qtool.errors import QtoolError
+    from qtool.settings import EvaluateSettings, QuantizeSettings, SynthesizeSettings
+
+    __version__: str
+
+__all__ = [
+    "EvaluateSettings",
+    "QtoolError",
+    "QuantizeSettings",
+    "SynthesizeSettings",
+    "__version__",
+    "evaluate",
+    "load",
+    "quantize",
+    "synthesize_images",
+]
+
+_HOME = {
+    "EvaluateSettings": "qtool.settings",
+    "QtoolError": "qtool.errors",
+    "QuantizeSettings": "qtool.settings",
+    "SynthesizeSettings": "qtool.settings",
+    "evaluate": "qtool.api.evaluate",
+    "load": "qtool.api.load",
+    "quantize": "qtool.api.quantize",
+    "synthesize_images": "qtool.api.synthesize",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name from its home the first time it is asked for."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: object = version("qtool")
+    elif name in _HOME:
+        value = getattr(importlib.import_module(_HOME[name]), name)
+    else:
+        raise AttributeError(f"module 'qtool' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names, loaded or not."""
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,84 @@
+"""Bit-widths as people write them: `w4a4` is four bits for weights and four for activations."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+from qtool.errors import UsageError
+
+WEIGHT_BITS: Final = (2, 3, 4, 5, 6, 7, 8)
+ACTIVATION_BITS: Final = (*WEIGHT_BITS, 16, 32)
+
+_GRAMMAR = re.compile(r"w([2-8])a([2-8]|16|32)", re.IGNORECASE | re.ASCII)
+_SWITCHABLE = re.compile(r"any(:\d-\d)?", re.IGNORECASE | re.ASCII)
+_REMEDY = (
+    "write w, the bits of weights (2 to 8), a, the bits of activations; for example w4a4 or w8a8"
+)
+
+
+@dataclass(frozen=True, order=True)
+class BitSpec:
+    """Bits per weight and per activation.
+
+    Args:
+        weight: Bits of a weight code, 2 to 8.
+        activation: Bits of an activation code, 2 to 8; 16 and 32 mean floating point.
+
+    Raises:
+        UsageError: A width is outside the grammar.
+    """
+
+    weight: int
+    activation: int
+
+    def __post_init__(self) -> None:
+        if self.weight not in WEIGHT_BITS or self.activation not in ACTIVATION_BITS:
+            raise UsageError(f"there is no bit-width {self}", remedy=_REMEDY)
+
+    @classmethod
+    def parse(cls, text: str) -> BitSpec:
+        """Read `w[2-8]a([2-8]|16|32)`, upper or lower case.
+
+        Raises:
+            UsageError: The text is not a bit-width, or asks for a switchable checkpoint.
+        """
+        if _SWITCHABLE.fullmatch(text):
+            raise UsageError(
+                f"bits {text!r} asks for a switchable checkpoint, which this version cannot make",
+                remedy="choose one bit-width, for example w4a4",
+            )
+        match = _GRAMMAR.fullmatch(text)
+        if match is None:
+            raise UsageError(f"{text!r} is not a bit-width", remedy=_REMEDY)
+        return cls(int(match[1]), int(match[2]))
+
+    @property
+    def integer(self) -> bool:
+        """Whether activations are integer codes too, as the integer engine needs."""
+        return self.activation <= 8
+
+    def __str__(self) -> str:
+        return f"w{self.weight}a{self.activation}"
+
+
+def parse_rule(text: str) -> tuple[str, BitSpec]:
+    """Read `GLOB=BITS`, a bit-width for the layers whose names match; `head=8` means `head=w8a8`.
+
+    Raises:
+        UsageError: There is no `=`, no glob, or the bits are not 2 to 8.
+    """
+    glob, separator, bits = text.rpartition("=")
+    if not separator or not glob.strip():
+        raise UsageError(
+            f"{text!r} is not GLOB=BITS",
+            remedy="name layers and their bits, for example 'head=w8a8' or 'blocks.0.*=8'",
+        )
+    spec = BitSpec.parse(f"w{bits}a{bits}" if re.fullmatch("[2-8]", bits) else bits.strip())
+    if not spec.integer:
+        raise UsageError(
+            f"{text!r} keeps activations in floating point, which the integer engine cannot do",
+            remedy="give 2 to 8 bits, or leave the layer in float with --skip GLOB",
+        )
+    return glob.strip(), spec
