@@ -1,0 +1,254 @@
+"""What each operation accepts and returns: schema, checks, result shape, registration with torch.
+
+One function per operation checks the arguments and describes the result. The real operation and its
+shape-only twin for `torch.compile` both start from it, so they cannot disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qtool.engine import dispatch
+from qtool.engine.packing import MAX_BITS, MIN_BITS, packed_width
+from qtool.errors import UsageError
+
+MAX_TERMS = 16384  # so many products of 8-bit codes fit int32 at every step, zero points included
+
+
+class Result(NamedTuple):
+    """The result of an operation, before it is computed.
+
+    Attributes:
+        shape: Its shape.
+        dtype: Its type.
+        limit: Why the fast versions cannot run these shapes, "" if they can.
+    """
+
+    shape: Sequence[int]
+    dtype: torch.dtype
+    limit: str = ""
+
+
+def register() -> None:
+    """Defines every operation in torch's `qtool` namespace, on all devices and for shapes alone."""
+    for op, (schema, contract) in _OPERATIONS.items():
+        torch.library.define(f"qtool::{op}", schema)
+        torch.library.impl(f"qtool::{op}", "default", _implementation(op, contract))
+        torch.library.register_fake(f"qtool::{op}", _fake(contract))
+
+
+def _implementation(op: str, contract: Callable[..., Result]) -> Callable[..., Tensor]:
+    def run(*arguments: object) -> Tensor:
+        limit = contract(*arguments).limit
+        return dispatch.choose(op, _device(arguments), limit=limit)(*arguments)
+
+    return run
+
+
+def _fake(contract: Callable[..., Result]) -> Callable[..., Tensor]:
+    def allocate(*arguments: object) -> Tensor:
+        result = contract(*arguments)
+        return torch.empty(result.shape, dtype=result.dtype, device=_device(arguments))
+
+    return allocate
+
+
+def _device(arguments: tuple[object, ...]) -> torch.device:
+    """The device of the first argument, which is always a tensor."""
+    first = arguments[0]
+    if not isinstance(first, Tensor):
+        raise UsageError(f"the first argument is a {type(first).__name__}, not a tensor")
+    return first.device
+
+
+def _quantize_uniform(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Result:
+    _check_tensor("x", x, torch.float32, x)
+    _check_dimensions("x", x, 1)
+    _check_activation("scale", scale, torch.float32, x)
+    _check_activation("zero_point", zero_point, torch.int32, x)
+    _check_bits("bits", bits)
+    return Result(x.shape, torch.uint8)
+
+
+def _quantize_log2(x: Tensor, scale: Tensor, bits: int) -> Result:
+    _check_tensor("x", x, torch.float32, x)
+    _check_one("scale", scale, torch.float32, x)
+    _check_bits("bits", bits)
+    return Result(x.shape, torch.uint8)
+
+
+def _pack_codes(codes: Tensor, bits: int) -> Result:
+    _check_tensor("codes", codes, torch.uint8, codes)
+    if codes.dim() != 2:
+        raise UsageError(f"codes has shape {_words(codes)}, not (N, K)")
+    _check_bits("bits", bits)
+    return Result((codes.shape[0], packed_width(bits, codes.shape[1])), torch.uint8)
+
+
+def _unpack_codes(packed: Tensor, bits: int, in_features: int) -> Result:
+    _check_tensor("packed", packed, torch.uint8, packed)
+    _check_bits("bits", bits)
+    _check_packed("packed", packed, bits, in_features)
+    return Result((packed.shape[0], in_features), torch.uint8)
+
+
+def _prepare_weight(packed: Tensor, bits: int, in_features: int) -> Result:
+    return _unpack_codes(packed, bits, in_features)._replace(dtype=torch.int8)
+
+
+def _linear(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero: Tensor,
+    bias: Tensor | None,
+    weight_bits: int,
+    in_features: int,
+) -> Result:
+    _check_tensor("x", x, torch.uint8, x)
+    _check_dimensions("x", x, 1)
+    if x.shape[-1] != in_features:
+        raise UsageError(f"x has {x.shape[-1]} features, the weight has {in_features}")
+    _check_activation("x_scale", x_scale, torch.float32, x)
+    _check_activation("x_zero", x_zero, torch.int32, x)
+    _check_bits("weight_bits", weight_bits)
+    if weight.dtype == torch.int8:
+        _check_tensor("weight", weight, torch.int8, x)
+        if weight.dim() != 2 or weight.shape[1] != in_features:
+            raise UsageError(f"the int8 weight has shape {_words(weight)}, not (N, {in_features})")
+    else:
+        _check_tensor("weight", weight, torch.uint8, x)
+        _check_packed("weight", weight, weight_bits, in_features)
+    channels = weight.shape[0]
+    _check_channels("weight_scale", weight_scale, torch.float32, channels, x)
+    _check_channels("weight_zero", weight_zero, torch.int32, channels, x)
+    if bias is not None:
+        _check_channels("bias", bias, torch.float32, channels, x)
+    return Result((*x.shape[:-1], channels), torch.float32, _limit(in_features))
+
+
+def _matmul(
+    a: Tensor, a_scale: Tensor, a_zero: Tensor, b: Tensor, b_scale: Tensor, b_zero: Tensor
+) -> Result:
+    shape = _check_factors("a", a, "b", b)
+    _check_one("a_scale", a_scale, torch.float32, a)
+    _check_one("a_zero", a_zero, torch.int32, a)
+    _check_one("b_scale", b_scale, torch.float32, a)
+    _check_one("b_zero", b_zero, torch.int32, a)
+    return Result(shape, torch.float32, _limit(a.shape[-1]))
+
+
+def _matmul_log2(
+    p: Tensor, p_scale: Tensor, v: Tensor, v_scale: Tensor, v_zero: Tensor, bits: int
+) -> Result:
+    shape = _check_factors("p", p, "v", v)
+    _check_one("p_scale", p_scale, torch.float32, p)
+    _check_one("v_scale", v_scale, torch.float32, p)
+    _check_one("v_zero", v_zero, torch.int32, p)
+    _check_bits("bits", bits)
+    return Result(shape, torch.float32)
+
+
+_OPERATIONS: dict[str, tuple[str, Callable[..., Result]]] = {
+    "quantize_uniform": (
+        "(Tensor x, Tensor scale, Tensor zero_point, int bits) -> Tensor",
+        _quantize_uniform,
+    ),
+    "quantize_log2": ("(Tensor x, Tensor scale, int bits) -> Tensor", _quantize_log2),
+    "pack_codes": ("(Tensor codes, int bits) -> Tensor", _pack_codes),
+    "unpack_codes": ("(Tensor packed, int bits, int in_features) -> Tensor", _unpack_codes),
+    "prepare_weight": ("(Tensor packed, int bits, int in_features) -> Tensor", _prepare_weight),
+    "linear": (
+        "(Tensor x, Tensor x_scale, Tensor x_zero, Tensor weight, Tensor weight_scale,"
+        " Tensor weight_zero, Tensor? bias, int weight_bits, int in_features) -> Tensor",
+        _linear,
+    ),
+    "matmul": (
+        "(Tensor a, Tensor a_scale, Tensor a_zero, Tensor b, Tensor b_scale, Tensor b_zero)"
+        " -> Tensor",
+        _matmul,
+    ),
+    "matmul_log2": (
+        "(Tensor p, Tensor p_scale, Tensor v, Tensor v_scale, Tensor v_zero, int bits) -> Tensor",
+        _matmul_log2,
+    ),
+}
+OPERATIONS = tuple(_OPERATIONS)
+
+
+def _limit(terms: int) -> str:
+    return "" if terms <= MAX_TERMS else f"int32 sums hold at most {MAX_TERMS} terms"
+
+
+def _words(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def _check_bits(name: str, bits: int) -> None:
+    if not MIN_BITS <= bits <= MAX_BITS:
+        raise UsageError(f"{name} is {bits}, not between {MIN_BITS} and {MAX_BITS}")
+
+
+def _check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, beside: Tensor) -> None:
+    if tensor.dtype != dtype:
+        raise UsageError(f"{name} is {tensor.dtype}, not {dtype}")
+    if tensor.device != beside.device:
+        raise UsageError(f"{name} is on {tensor.device}, the first argument on {beside.device}")
+
+
+def _check_dimensions(name: str, tensor: Tensor, least: int) -> None:
+    if tensor.dim() < least:
+        raise UsageError(f"{name} has shape {_words(tensor)}, fewer than {least} dimensions")
+
+
+def _check_one(name: str, tensor: Tensor, dtype: torch.dtype, beside: Tensor) -> None:
+    _check_tensor(name, tensor, dtype, beside)
+    if tensor.numel() != 1:
+        raise UsageError(f"{name} has shape {_words(tensor)}, not one element")
+
+
+def _check_activation(name: str, tensor: Tensor, dtype: torch.dtype, x: Tensor) -> None:
+    _check_tensor(name, tensor, dtype, x)
+    if tensor.numel() != 1 and tensor.shape != (*x.shape[:-1], 1):
+        raise UsageError(
+            f"{name} has shape {_words(tensor)}, neither one element (per tensor)"
+            f" nor {(*x.shape[:-1], 1)} (per token)"
+        )
+
+
+def _check_channels(
+    name: str, tensor: Tensor, dtype: torch.dtype, channels: int, x: Tensor
+) -> None:
+    _check_tensor(name, tensor, dtype, x)
+    if tensor.shape != (channels,):
+        raise UsageError(f"{name} has shape {_words(tensor)}, not ({channels},)")
+
+
+def _check_packed(name: str, packed: Tensor, bits: int, in_features: int) -> None:
+    if in_features < 0:
+        raise UsageError(f"in_features is {in_features}, below zero")
+    width = packed_width(bits, in_features)
+    if packed.dim() != 2 or packed.shape[1] != width:
+        raise UsageError(
+            f"{name} has shape {_words(packed)}, not (N, {width}): rows of {in_features} codes"
+            f" of {bits} bits"
+        )
+
+
+def _check_factors(left: str, a: Tensor, right: str, b: Tensor) -> tuple[int, ...]:
+    """Checks two batches of code matrices and returns the shape of their product."""
+    _check_tensor(left, a, torch.uint8, a)
+    _check_tensor(right, b, torch.uint8, a)
+    _check_dimensions(left, a, 2)
+    if a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-2]:
+        raise UsageError(
+            f"{left} {_words(a)} and {right} {_words(b)} do not multiply:"
+            " they need shapes (..., M, K) and (..., K, N)"
+        )
+    return (*a.shape[:-1], b.shape[-1])

@@ -1,0 +1,173 @@
+"""Fast CPU versions: unsigned codes times centred int8 weights on the int8 units (VNNI, AMX).
+
+`torch._int_mm` takes the products, in blocks of rows so that sums and scaling stay in the cache.
+The arguments are those of `qtool.engine.ops`, already checked. Every function returns the bits of
+`qtool.engine.reference`, except `matmul_log2`, whose sums are taken in float32.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+from qtool.engine.packing import packed_width, planes
+
+BLOCK_ROWS = 256
+BLOCK_ELEMENTS = 1 << 17
+SQRT_HALF_CARRY = 0x800000 - 0x3504F4  # lifts a mantissa above sqrt(1/2) into the exponent
+EXPONENT_BIAS = 127
+
+
+@functools.cache
+def int8_product_is_exact() -> bool:
+    """Whether `torch._int_mm` is exact for all codes: older CPUs saturate 16-bit sums silently."""
+    x = torch.full((33, 128), 255, dtype=torch.uint8, device="cpu")
+    weight = torch.full((128, 32), -128, dtype=torch.int8, device="cpu")
+    weight[:, ::2] = 127
+    expected = x.double() @ weight.double()
+    return all(
+        torch.equal(torch._int_mm(x[:rows], weight).double(), expected[:rows]) for rows in (1, 33)
+    )
+
+
+def quantize_uniform(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """Uniform codes of `x`; see `qtool.engine.ops.quantize_uniform`."""
+    width = x.shape[-1]
+    values = x.reshape(math.prod(x.shape[:-1]), width)
+    codes = torch.empty_like(values, dtype=torch.uint8)
+    scale, zero_point = scale.reshape(-1, 1), zero_point.reshape(-1, 1)
+    for rows in _blocks(len(values), max(1, BLOCK_ELEMENTS // max(1, width))):
+        levels = values[rows] / _rows(scale, rows)
+        levels.round_().add_(_rows(zero_point, rows)).clamp_(0, 2**bits - 1)
+        codes[rows].copy_(levels)
+    return codes.view(x.shape)
+
+
+def quantize_log2(x: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Power-of-two codes of `x`; see `qtool.engine.ops.quantize_log2`.
+
+    The exponent field of the quotient, with a carry where its mantissa lies above sqrt(1/2), is the
+    code up to sign.
+    """
+    top = 2**bits - 1
+    values = x.reshape(-1)
+    codes = torch.empty_like(values, dtype=torch.uint8)
+    for block in _blocks(len(values), BLOCK_ELEMENTS):
+        ratio = values[block] / scale.reshape(())
+        shift: int | Tensor = 0
+        if top > EXPONENT_BIAS - 1:  # only such codes reach quotients below the normal range
+            tiny = ratio < torch.finfo(torch.float32).tiny
+            ratio = torch.where(tiny, ratio * 2.0**64, ratio)
+            shift = tiny.int() * 64
+        field = ratio.view(torch.int32).add(SQRT_HALF_CARRY).bitwise_right_shift_(23)
+        code = field.neg_().add_(shift).add_(EXPONENT_BIAS).clamp_(0, top)
+        codes[block].copy_(code.masked_fill_(ratio <= 0, top))
+    return codes.view(x.shape)
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Packed rows (N, bytes) of codes (N, K); see `qtool.engine.packing` for the format."""
+    rows, in_features = codes.shape
+    packed = codes.new_zeros(rows, packed_width(bits, in_features))
+    for width, low, start, _ in planes(bits, in_features):
+        per_byte = 8 // width
+        for field in range(per_byte):
+            source = codes[:, field::per_byte] >> low & 2**width - 1
+            packed[:, start : start + source.shape[1]] |= source << field * width
+    return packed
+
+
+def unpack_codes(packed: Tensor, bits: int, in_features: int) -> Tensor:
+    """Codes (N, K) of packed rows (N, bytes): the inverse of `pack_codes`."""
+    codes = packed.new_zeros(packed.shape[0], in_features)
+    for width, low, start, _ in planes(bits, in_features):
+        per_byte = 8 // width
+        for field in range(per_byte):
+            target = codes[:, field::per_byte]
+            source = packed[:, start : start + target.shape[1]]
+            target |= (source >> field * width & 2**width - 1) << low
+    return codes
+
+
+def prepare_weight(packed: Tensor, bits: int, in_features: int) -> Tensor:
+    """Codes (N, K) less half their range, as int8."""
+    return unpack_codes(packed, bits, in_features).sub_(2 ** (bits - 1)).view(torch.int8)
+
+
+def linear(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero: Tensor,
+    bias: Tensor | None,
+    weight_bits: int,
+    in_features: int,
+) -> Tensor:
+    """Integer linear layer; see `qtool.engine.ops.linear`."""
+    if weight.dtype == torch.uint8:
+        weight = prepare_weight(weight, weight_bits, in_features)
+    columns = weight.t()
+    centre = weight_zero - 2 ** (weight_bits - 1)
+    symmetric = not centre.any()
+    row_of_ones, column_of_ones = x.new_ones(1, in_features), weight.new_ones(in_features, 1)
+    weight_sums = torch._int_mm(row_of_ones, columns) - in_features * centre
+    x_scale, x_zero = x_scale.reshape(-1, 1), x_zero.reshape(-1, 1)
+    codes = x.reshape(math.prod(x.shape[:-1]), in_features)
+    y = weight_scale.new_empty(len(codes), len(weight))
+    for rows in _blocks(len(codes), BLOCK_ROWS):
+        sums = torch._int_mm(codes[rows], columns)
+        if not symmetric:
+            code_sums = torch._int_mm(codes[rows], column_of_ones)
+            sums.addr_(code_sums.view(-1), centre, alpha=-1)
+        sums -= _rows(x_zero, rows) * weight_sums
+        y[rows].copy_(sums).mul_(_rows(x_scale, rows) * weight_scale)
+        if bias is not None:
+            y[rows] += bias
+    return y.view(*x.shape[:-1], len(weight))
+
+
+def matmul(
+    a: Tensor, a_scale: Tensor, a_zero: Tensor, b: Tensor, b_scale: Tensor, b_zero: Tensor
+) -> Tensor:
+    """Batched integer product; see `qtool.engine.ops.matmul`."""
+    terms = a.shape[-1]
+    centred = (b ^ 128).view(torch.int8)
+    a_offset, b_offset = int(a_zero), int(b_zero) - 128
+    row_of_ones, column_of_ones = a.new_ones(1, terms), centred.new_ones(terms, 1)
+    scale = a_scale.reshape(()) * b_scale.reshape(())
+    out = scale.new_empty(*a.shape[:-1], b.shape[-1])
+    for index in itertools.product(*map(range, a.shape[:-2])):
+        left, right = a[index], centred[index]
+        sums = torch._int_mm(left, right)
+        if b_offset:
+            sums -= b_offset * torch._int_mm(left, column_of_ones)
+        if a_offset:
+            sums -= a_offset * (torch._int_mm(row_of_ones, right) - terms * b_offset)
+        out[index].copy_(sums).mul_(scale)
+    return out
+
+
+def matmul_log2(
+    p: Tensor, p_scale: Tensor, v: Tensor, v_scale: Tensor, v_zero: Tensor, bits: int
+) -> Tensor:
+    """Batched product with powers of two; see `qtool.engine.ops.matmul_log2`."""
+    exponents = (EXPONENT_BIAS - p.int()).clamp_(min=0)
+    weights = exponents.masked_fill_(p == 2**bits - 1, 0).bitwise_left_shift_(23)
+    sums = weights.view(torch.float32) @ (v.float() - v_zero.reshape(()))
+    return sums.mul_(p_scale.reshape(()) * v_scale.reshape(()))
+
+
+def _blocks(length: int, size: int) -> list[slice]:
+    """Slices of at most `size` that cover `length` rows."""
+    return [slice(start, start + size) for start in range(0, length, size)]
+
+
+def _rows(parameter: Tensor, rows: slice) -> Tensor:
+    """The rows of a per-token parameter (M, 1), or all of a per-tensor one (1, 1)."""
+    return parameter if len(parameter) == 1 else parameter[rows]

@@ -1,0 +1,225 @@
+"""The quantized operations; importing this file registers them as `torch.ops.qtool.*`.
+
+Codes are uint8, zero points int32 within the range of the codes, scales float32; a value is (code -
+zero point) * scale. A parameter of activations is per tensor (one element) or per token (shape
+`(..., 1)`, one value for each row of the last dimension). Results carry no gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qtool.engine import contracts
+from qtool.engine.packing import packed_width
+
+__all__ = [
+    "linear",
+    "matmul",
+    "matmul_log2",
+    "pack_codes",
+    "packed_width",
+    "prepare_weight",
+    "quantize_log2",
+    "quantize_uniform",
+    "unpack_codes",
+]
+
+contracts.register()
+
+
+def quantize_uniform(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """Quantizes to evenly spaced codes: `clamp(round(x / scale) + zero_point, 0, 2^bits - 1)`.
+
+    The division is IEEE float32 and halves round to even, so that every backend returns the same
+    codes. The code of NaN is unspecified.
+
+    Args:
+        x: float32 `(..., D)`.
+        scale: float32, per tensor or per token `(..., 1)`.
+        zero_point: int32, per tensor or per token `(..., 1)`.
+        bits: Width of a code, 2 to 8.
+
+    Returns:
+        uint8 codes `(..., D)`.
+
+    Raises:
+        UsageError: An argument has the wrong type, shape or device.
+        BackendError: The backend asked for cannot run this.
+    """
+    result: Tensor = torch.ops.qtool.quantize_uniform(x, scale, zero_point, bits)
+    return result
+
+
+def quantize_log2(x: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Quantizes to powers of two: `clamp(round(-log2(x / scale)), 0, 2^bits - 1)`, top code zero.
+
+    Defined without a logarithm, so that every backend returns the same codes: with `x / scale = m *
+    2^e`, m in [0.5, 1), the code is `-e + (m <= sqrt(0.5))` in float32. Zero and negative values
+    get the top code; other codes stand for `scale * 2^-code`.
+
+    Args:
+        x: Finite float32 of any shape, probabilities for instance.
+        scale: float32, one element.
+        bits: Width of a code, 2 to 8.
+
+    Returns:
+        uint8 codes in the shape of `x`.
+
+    Raises:
+        UsageError: An argument has the wrong type, shape or device.
+        BackendError: The backend asked for cannot run this.
+    """
+    result: Tensor = torch.ops.qtool.quantize_log2(x, scale, bits)
+    return result
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Packs rows of codes without a wasted bit, in the format of `qtool.engine.packing`.
+
+    Args:
+        codes: uint8 `(N, K)`, each below 2^bits.
+        bits: Width of a code, 2 to 8.
+
+    Returns:
+        uint8 `(N, packed_width(bits, K))`.
+
+    Raises:
+        UsageError: An argument has the wrong type or shape.
+        BackendError: The backend asked for cannot run this.
+    """
+    result: Tensor = torch.ops.qtool.pack_codes(codes, bits)
+    return result
+
+
+def unpack_codes(packed: Tensor, bits: int, in_features: int) -> Tensor:
+    """Unpacks what `pack_codes` packed.
+
+    Args:
+        packed: uint8 `(N, packed_width(bits, in_features))`.
+        bits: Width of a code, 2 to 8.
+        in_features: Codes in a row, K.
+
+    Returns:
+        uint8 codes `(N, K)`.
+
+    Raises:
+        UsageError: An argument has the wrong type or shape.
+        BackendError: The backend asked for cannot run this.
+    """
+    result: Tensor = torch.ops.qtool.unpack_codes(packed, bits, in_features)
+    return result
+
+
+def prepare_weight(packed: Tensor, bits: int, in_features: int) -> Tensor:
+    """Unpacks weights to the form that suits `linear` best: int8, codes less 2^(bits - 1).
+
+    Args:
+        packed: uint8 `(N, packed_width(bits, in_features))`.
+        bits: Width of a code, 2 to 8.
+        in_features: Codes in a row, K.
+
+    Returns:
+        int8 `(N, K)`.
+
+    Raises:
+        UsageError: An argument has the wrong type or shape.
+        BackendError: The backend asked for cannot run this.
+    """
+    result: Tensor = torch.ops.qtool.prepare_weight(packed, bits, in_features)
+    return result
+
+
+def linear(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero: Tensor,
+    bias: Tensor | None = None,
+    *,
+    weight_bits: int,
+    in_features: int,
+) -> Tensor:
+    """Linear layer on codes: exact integer sum, then `sum * (x_scale * weight_scale) + bias`.
+
+    The sum over k is that of `(x - x_zero) * (q - weight_zero)`. The three float operations round
+    one by one in this order, so that a simulation with integer-valued float32 tensors gives the
+    same bits while its sums stay below 2^24.
+
+    Args:
+        x: uint8 codes `(..., K)`.
+        x_scale: float32, per tensor or per token `(..., 1)`.
+        x_zero: int32, per tensor or per token `(..., 1)`.
+        weight: Packed uint8 rows `(N, packed_width(weight_bits, K))`, or int8 `(N, K)` from
+            `prepare_weight`.
+        weight_scale: float32 `(N,)`.
+        weight_zero: int32 `(N,)`; refers to the unsigned codes q in both forms of the weight.
+        bias: float32 `(N,)`, or None.
+        weight_bits: Width of a weight code, 2 to 8.
+        in_features: K.
+
+    Returns:
+        float32 `(..., N)`.
+
+    Raises:
+        UsageError: An argument has the wrong type, shape or device.
+        BackendError: The backend asked for cannot run this.
+    """
+    result: Tensor = torch.ops.qtool.linear(
+        x, x_scale, x_zero, weight, weight_scale, weight_zero, bias, weight_bits, in_features
+    )
+    return result
+
+
+def matmul(
+    a: Tensor, a_scale: Tensor, a_zero: Tensor, b: Tensor, b_scale: Tensor, b_zero: Tensor
+) -> Tensor:
+    """Batched product of codes: the exact sum of `(a - a_zero) * (b - b_zero)`, scaled.
+
+    Args:
+        a: uint8 codes `(..., M, K)`.
+        a_scale: float32, one element.
+        a_zero: int32, one element.
+        b: uint8 codes `(..., K, N)` with the leading dimensions of `a`; a transposed view is
+            welcome.
+        b_scale: float32, one element.
+        b_zero: int32, one element.
+
+    Returns:
+        float32 `(..., M, N)`.
+
+    Raises:
+        UsageError: An argument has the wrong type, shape or device.
+        BackendError: The backend asked for cannot run this.
+    """
+    result: Tensor = torch.ops.qtool.matmul(a, a_scale, a_zero, b, b_scale, b_zero)
+    return result
+
+
+def matmul_log2(
+    p: Tensor, p_scale: Tensor, v: Tensor, v_scale: Tensor, v_zero: Tensor, *, bits: int
+) -> Tensor:
+    """Batched product of powers of two with codes: the sum of `2^-p * (v - v_zero)`, scaled.
+
+    The top code of `p` means zero, and so does every code above 126, whose power is no normal
+    float32. Products are exact; backends may round while they add them up.
+
+    Args:
+        p: uint8 codes of `quantize_log2`, `(..., M, K)`.
+        p_scale: float32, one element.
+        v: uint8 codes `(..., K, N)` with the leading dimensions of `p`.
+        v_scale: float32, one element.
+        v_zero: int32, one element.
+        bits: Width of a code of `p`, 2 to 8.
+
+    Returns:
+        float32 `(..., M, N)`.
+
+    Raises:
+        UsageError: An argument has the wrong type, shape or device.
+        BackendError: The backend asked for cannot run this.
+    """
+    result: Tensor = torch.ops.qtool.matmul_log2(p, p_scale, v, v_scale, v_zero, bits)
+    return result

@@ -1,0 +1,103 @@
+"""The shortest correct form of every operation: oracle of the tests, way out without a fast path.
+
+Integer sums are taken in float64, where every product and sum of 8-bit codes is exact, so that the
+same few lines are right on every device. The arguments are those of `qtool.engine.ops`, already
+checked.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qtool.engine.packing import packed_width, planes
+
+SQRT_HALF = 0.70710678  # rounds to the float32 next to the square root of 1/2
+LAST_NORMAL_CODE = 126  # 2^-127 is no normal float32: log2 codes above this one mean zero
+
+
+def quantize_uniform(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """Uniform codes of `x`; see `qtool.engine.ops.quantize_uniform`."""
+    levels = torch.round(x / _broadcast(scale)) + _broadcast(zero_point)
+    return levels.clamp(0, 2**bits - 1).to(torch.uint8)
+
+
+def quantize_log2(x: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Power-of-two codes of `x`; see `qtool.engine.ops.quantize_log2`."""
+    mantissa, exponent = torch.frexp(x / _broadcast(scale))
+    code = (mantissa <= SQRT_HALF).int() - exponent
+    return code.masked_fill(mantissa <= 0, 2**bits - 1).clamp(0, 2**bits - 1).to(torch.uint8)
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Packed rows (N, bytes) of codes (N, K); see `qtool.engine.packing` for the format."""
+    rows, in_features = codes.shape
+    packed = codes.new_zeros(rows, packed_width(bits, in_features))
+    for width, low, start, stop in planes(bits, in_features):
+        per_byte = 8 // width
+        fields = (codes.int() >> low) & (2**width - 1)
+        fields = torch.nn.functional.pad(fields, (0, (stop - start) * per_byte - in_features))
+        shifts = torch.arange(per_byte, device=codes.device) * width
+        packed[:, start:stop] = (fields.view(rows, stop - start, per_byte) << shifts).sum(2)
+    return packed
+
+
+def unpack_codes(packed: Tensor, bits: int, in_features: int) -> Tensor:
+    """Codes (N, K) of packed rows (N, bytes): the inverse of `pack_codes`."""
+    k = torch.arange(in_features, device=packed.device)
+    codes = packed.new_zeros(packed.shape[0], in_features, dtype=torch.int32)
+    for width, low, start, _ in planes(bits, in_features):
+        per_byte = 8 // width
+        fields = packed.int()[:, start + k // per_byte] >> (k % per_byte * width)
+        codes |= (fields & (2**width - 1)) << low
+    return codes.to(torch.uint8)
+
+
+def prepare_weight(packed: Tensor, bits: int, in_features: int) -> Tensor:
+    """Codes (N, K) less half their range, as int8."""
+    codes = unpack_codes(packed, bits, in_features).int()
+    return codes.sub(2 ** (bits - 1)).to(torch.int8)
+
+
+def linear(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero: Tensor,
+    bias: Tensor | None,
+    weight_bits: int,
+    in_features: int,
+) -> Tensor:
+    """Integer linear layer; see `qtool.engine.ops.linear`."""
+    if weight.dtype == torch.int8:
+        codes = weight.double() + 2 ** (weight_bits - 1)
+    else:
+        codes = unpack_codes(weight, weight_bits, in_features).double()
+    sums = (x.double() - _broadcast(x_zero)) @ (codes - weight_zero.unsqueeze(1)).T
+    y: Tensor = sums.float() * (_broadcast(x_scale) * weight_scale)
+    return y if bias is None else y + bias
+
+
+def matmul(
+    a: Tensor, a_scale: Tensor, a_zero: Tensor, b: Tensor, b_scale: Tensor, b_zero: Tensor
+) -> Tensor:
+    """Batched integer product; see `qtool.engine.ops.matmul`."""
+    sums = (a.double() - _broadcast(a_zero)) @ (b.double() - _broadcast(b_zero))
+    return sums.float() * (_broadcast(a_scale) * _broadcast(b_scale))
+
+
+def matmul_log2(
+    p: Tensor, p_scale: Tensor, v: Tensor, v_scale: Tensor, v_zero: Tensor, bits: int
+) -> Tensor:
+    """Batched product with powers of two; see `qtool.engine.ops.matmul_log2`."""
+    means_zero = (p == 2**bits - 1) | (p > LAST_NORMAL_CODE)
+    weights = torch.exp2(-p.double()).masked_fill(means_zero, 0)
+    sums = weights @ (v.double() - _broadcast(v_zero))
+    return sums.float() * (_broadcast(p_scale) * _broadcast(v_scale))
+
+
+def _broadcast(parameter: Tensor) -> Tensor:
+    """A one-element parameter without dimensions, so that it never adds any; others as they are."""
+    return parameter.reshape(()) if parameter.numel() == 1 else parameter

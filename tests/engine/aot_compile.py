@@ -1,0 +1,211 @@
+"""Compiles every Triton kernel for GPUs that need not be there; prints one JSON record a kernel.
+
+A program of its own because Triton must start without TRITON_INTERPRET. Run it as
+`python tests/engine/aot_compile.py [CAPABILITY...]`; the records say how the kernel came out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from qtool.engine.kernels import (
+    linear,
+    matmul,
+    matmul_log2,
+    pack_codes,
+    quantize_log2,
+    quantize_uniform,
+    unpack_codes,
+)
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+LINEAR = {"SCALE_STEP": 1, "ZERO_STEP": 1, "HAS_BIAS": True}
+MATRICES = dict.fromkeys(("inner", "rows", "columns", "terms"), "i32")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel with the types and constants it is launched with."""
+
+    name: str
+    kernel: object
+    types: dict[str, str]
+    constants: dict[str, object]
+    options: dict[str, object] = field(default_factory=dict)
+
+
+def strides(left: str, right: str) -> dict[str, str]:
+    """Types of the strides of two batches, of which `right` is a transposed view."""
+    names = [f"{left}_outer", f"{left}_inner", f"{left}_row", f"{left}_term"]
+    names += [f"{right}_outer", f"{right}_inner", f"{right}_term", f"{right}_column"]
+    return dict.fromkeys(names, "i32")
+
+
+def linear_cases() -> list[Case]:
+    """Packed weights of every width, and prepared ones."""
+    types = {
+        "x": "*u8",
+        "x_scale": "*fp32",
+        "x_zero": "*i32",
+        "weight": "*u8",
+        "weight_scale": "*fp32",
+        "weight_zero": "*i32",
+        "bias": "*fp32",
+        "y": "*fp32",
+        "rows": "i32",
+        "channels": "i32",
+        "in_features": "i32",
+        "row_bytes": "i32",
+    }
+    cases = []
+    for bits in range(2, 9):
+        constants = {"IS_PREPARED": False, "BITS": bits, "OFFSET": 128 if bits == 8 else 0}
+        constants |= LINEAR | linear.PACKED
+        name = f"linear w{bits}"
+        cases.append(Case(name, linear.linear_kernel, types, constants, linear.PACKED_OPTIONS))
+    constants = {"IS_PREPARED": True, "BITS": 4, "OFFSET": 8, **LINEAR, **linear.PREPARED}
+    types = types | {"weight": "*i8"}
+    name = "linear int8"
+    cases.append(Case(name, linear.linear_kernel, types, constants, linear.PREPARED_OPTIONS))
+    return cases
+
+
+def other_cases() -> list[Case]:
+    """All kernels but the linear one."""
+    cases = [
+        Case(
+            "quantize_uniform",
+            quantize_uniform.quantize_uniform_kernel,
+            {
+                "x": "*fp32",
+                "scale": "*fp32",
+                "zero_point": "*i32",
+                "codes": "*u8",
+                "rows": "i32",
+                "width": "i32",
+            },
+            {"SCALE_STEP": 1, "ZERO_STEP": 1, "TOP": 15, **quantize_uniform.BLOCK},
+            quantize_uniform.OPTIONS,
+        ),
+        Case(
+            "quantize_log2",
+            quantize_log2.quantize_log2_kernel,
+            {"x": "*fp32", "scale": "*fp32", "codes": "*u8", "count": "i32"},
+            {"TOP": 15, **quantize_log2.BLOCK},
+            quantize_log2.OPTIONS,
+        ),
+        Case(
+            "matmul",
+            matmul.matmul_kernel,
+            {
+                "a": "*u8",
+                "a_scale": "*fp32",
+                "a_zero": "*i32",
+                "b": "*u8",
+                "b_scale": "*fp32",
+                "b_zero": "*i32",
+                "out": "*fp32",
+                **MATRICES,
+                **strides("a", "b"),
+            },
+            {"a_term": 1, "b_term": 1, **matmul.TILE},
+            matmul.OPTIONS,
+        ),
+        Case(
+            "matmul_log2",
+            matmul_log2.matmul_log2_kernel,
+            {
+                "p": "*u8",
+                "p_scale": "*fp32",
+                "v": "*u8",
+                "v_scale": "*fp32",
+                "v_zero": "*i32",
+                "out": "*fp32",
+                **MATRICES,
+                **strides("p", "v"),
+            },
+            {"p_term": 1, "v_column": 1, "TOP": 15, **matmul_log2.TILE},
+            matmul_log2.OPTIONS,
+        ),
+    ]
+    rows = {"rows": "i32", "in_features": "i32", "row_bytes": "i32"}
+    for bits in range(2, 9):
+        cases.append(
+            Case(
+                f"unpack_codes w{bits}",
+                unpack_codes.unpack_codes_kernel,
+                {"packed": "*u8", "codes": "*i8", **rows},
+                {"BITS": bits, "OFFSET": 2 ** (bits - 1), **unpack_codes.BLOCK},
+                unpack_codes.OPTIONS,
+            )
+        )
+    for width, low in ((8, 0), (4, 0), (2, 4), (1, 6)):
+        cases.append(
+            Case(
+                f"pack_codes field {width}",
+                pack_codes.pack_codes_kernel,
+                {"codes": "*u8", "packed": "*u8", **rows, "start": "i32", "plane_bytes": "i32"},
+                {"WIDTH": width, "LOW": low, **pack_codes.BLOCK},
+                pack_codes.OPTIONS,
+            )
+        )
+    return cases
+
+
+def compile_case(case: Case, capability: int) -> dict[str, object]:
+    """Compiles one case and says what came out of it."""
+    names = case.kernel.arg_names
+    signature = {name: case.types.get(name, "constexpr") for name in names}
+    signature |= dict.fromkeys(case.constants, "constexpr")
+    aligned = [["tt.divisibility", 16]]
+    attributes = {
+        (index,): aligned for index, name in enumerate(names) if signature[name] != "constexpr"
+    }
+    source = ASTSource(case.kernel, signature, constexprs=case.constants, attrs=attributes)
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options=dict(case.options))
+    ptx = compiled.asm["ptx"]
+    products = re.findall(r"wgmma\.mma_async\S*|mma\.sync\S*|tcgen05\.mma\S*", ptx)
+    return {
+        "kernel": case.name,
+        "capability": capability,
+        "shared": compiled.metadata.shared,
+        "stack": stack_bytes(compiled.asm["cubin"]),
+        "products": sorted(set(products)),
+        "fused": bool(re.search(r"\bfma\.rn\.f32", ptx)),
+        "approximate_division": bool(re.search(r"div\.(full|approx)", ptx)),
+    }
+
+
+def stack_bytes(cubin: bytes) -> int | None:
+    """Bytes of local memory that a kernel spills, or None where no cuobjdump came with Triton."""
+    if not CUOBJDUMP.exists():
+        return None
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run(
+            [CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+    return max(int(value) for value in re.findall(r"STACK:(\d+)", usage.stdout + usage.stderr))
+
+
+def main() -> None:
+    """Compiles for the capabilities of the command line, by default 80, 90 and 100."""
+    for capability in [int(word) for word in sys.argv[1:]] or [80, 90, 100]:
+        for case in linear_cases() + other_cases():
+            print(json.dumps(compile_case(case, capability)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

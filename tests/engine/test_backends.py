@@ -1,0 +1,116 @@
+"""Every backend returns what the reference returns, on sizes that fit no tile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qtool.engine import ops
+
+WIDTHS = range(2, 9)
+SIZES = [(1, 97, 48), (64, 96, 33), (77, 33, 7)]
+
+
+def linear_arguments(draw, rows, features, channels, *, bits, per_token, input_bits=8):
+    size = (rows, 1) if per_token else (1,)
+    weight = ops.pack_codes(draw.codes(channels, features, bits=bits), bits=bits)
+    return (
+        draw.codes(rows, features, bits=input_bits),
+        draw.scales(*size),
+        draw.zeros(*size, bits=input_bits),
+        weight,
+        draw.scales(channels),
+        draw.zeros(channels, bits=bits),
+    )
+
+
+@pytest.mark.parametrize("per_token", [False, True], ids=["tensor", "token"])
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_quantize_uniform(bits, per_token, draw, assert_equal_everywhere):
+    x = draw.floats(3, 7, 301) * 3
+    x[0, 0, :4] = torch.tensor([1e30, -1e30, float("inf"), -float("inf")])
+    size = (3, 7, 1) if per_token else (1,)
+    scale, zero = draw.scales(*size), draw.zeros(*size, bits=bits)
+    codes = assert_equal_everywhere(ops.quantize_uniform, x, scale, zero, bits=bits)
+    assert int(codes.max()) < 2**bits
+
+
+def test_quantize_uniform_mixes_per_token_and_per_tensor(draw, assert_equal_everywhere):
+    x = draw.floats(40, 5)
+    assert_equal_everywhere(ops.quantize_uniform, x, draw.scales(40, 1), draw.zeros(), bits=8)
+    assert_equal_everywhere(ops.quantize_uniform, x, draw.scales(), draw.zeros(40, 1), bits=8)
+
+
+def test_quantize_uniform_rounds_halves_to_even(device, assert_equal_everywhere):
+    x = torch.arange(-300, 300, device=device).float() / 2
+    scale, zero = torch.ones(1, device=device), torch.full((1,), 128, device=device).int()
+    assert_equal_everywhere(ops.quantize_uniform, x, scale, zero, bits=8)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_quantize_log2(bits, draw, device, assert_equal_everywhere):
+    x = draw.floats(2500).abs()
+    x[:7] = torch.tensor([0.0, -0.0, -1.0, 1e-45, 1e-40, 0.70710678, 1e30], device=device)
+    x = torch.cat([x, x * 2.0**-60, x * 2.0**-126])
+    for scale in (1.0, 0.3):
+        step = torch.tensor([scale], device=device)
+        assert_equal_everywhere(ops.quantize_log2, x, step, bits=bits)
+
+
+@pytest.mark.parametrize("prepared", [False, True], ids=["packed", "prepared"])
+@pytest.mark.parametrize("per_token", [False, True], ids=["tensor", "token"])
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_linear(bits, per_token, prepared, draw, assert_equal_everywhere):
+    for rows, features, channels in SIZES:
+        arguments = linear_arguments(
+            draw, rows, features, channels, bits=bits, per_token=per_token, input_bits=10 - bits
+        )
+        bias = draw.floats(channels) if rows == 64 else None
+        if prepared:
+            weight = ops.prepare_weight(arguments[3], bits=bits, in_features=features)
+            arguments = (*arguments[:3], weight, *arguments[4:])
+        sizes = {"weight_bits": bits, "in_features": features}
+        assert_equal_everywhere(ops.linear, *arguments, bias, **sizes)
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+def test_linear_on_the_tokens_of_a_picture(bits, draw, assert_equal_everywhere):
+    arguments = linear_arguments(draw, 197, 193, 65, bits=bits, per_token=True)
+    assert_equal_everywhere(ops.linear, *arguments, weight_bits=bits, in_features=193)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 1, 2)])
+def test_matmul(shape, draw, assert_equal_everywhere):
+    a, b = draw.codes(*shape, 65, 33), draw.codes(*shape, 37, 33).transpose(-1, -2)
+    parameters = (draw.scales(1), draw.zeros(1)), (draw.scales(), draw.zeros())
+    assert_equal_everywhere(ops.matmul, a, *parameters[0], b, *parameters[1])
+
+
+def test_matmul_of_heads_cut_from_one_projection(draw, assert_equal_everywhere):
+    query, key, value = draw.codes(2, 19, 3, 4, 8).permute(2, 0, 3, 1, 4)
+    one, zero = draw.scales(1), draw.zeros(1)
+    scores = assert_equal_everywhere(ops.matmul, query, one, zero, key.transpose(-1, -2), one, zero)
+    assert scores.shape == (2, 4, 19, 19)
+    weights = draw.codes(2, 4, 19, 19)
+    assert_equal_everywhere(ops.matmul, weights, one, draw.zeros() * 0, value, one, zero)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_matmul_log2(bits, draw, outputs):
+    p = draw.codes(2, 65, 33, bits=bits)
+    v = draw.codes(2, 33, 17)
+    arguments = (p, draw.scales(1), v, draw.scales(1), draw.zeros(1))
+    expected, results = outputs(ops.matmul_log2, *arguments, bits=bits)
+    for result in results.values():
+        tolerance = 1e-5 * expected.abs().max().item()
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=tolerance)
+
+
+def test_large_sums_are_exact_before_the_scale(device, assert_equal_everywhere):
+    x = torch.full((2, 5000), 255, dtype=torch.uint8, device=device)
+    weight = torch.full((3, 5000), 255, dtype=torch.uint8, device=device)
+    one, zeros = torch.ones(3, device=device), torch.tensor([0, 128, 255], device=device).int()
+    sizes = {"weight_bits": 8, "in_features": 5000}
+    y = assert_equal_everywhere(ops.linear, x, one[:1], zeros[:1], weight, one, zeros, **sizes)
+    sums = torch.tensor([255 * 255, 255 * 127, 0]) * 5000
+    assert y[0].tolist() == sums.float().tolist()

@@ -1,0 +1,128 @@
+"""Arguments that do not fit are refused with a sentence, before anything runs."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from qtool.engine import contracts, dispatch, ops
+from qtool.errors import BackendError, UsageError
+
+X = torch.zeros(2, 3, 8)
+CODES = torch.zeros(2, 3, 8, dtype=torch.uint8)
+ONE = torch.ones(1)
+ZERO = torch.zeros(1, dtype=torch.int32)
+PACKED = torch.zeros(5, 4, dtype=torch.uint8)
+SCALES = torch.ones(5)
+ZEROS = torch.zeros(5, dtype=torch.int32)
+COLUMNS = CODES.transpose(1, 2)
+SIZES = {"weight_bits": 4, "in_features": 8}
+
+
+def linear(
+    x=CODES, x_scale=ONE, x_zero=ZERO, weight=PACKED, scale=SCALES, zero=ZEROS, bias=None, **sizes
+):
+    return ops.linear(x, x_scale, x_zero, weight, scale, zero, bias, **(SIZES | sizes))
+
+
+def matmul(a=CODES, a_scale=ONE, a_zero=ZERO, b=COLUMNS, b_scale=ONE, b_zero=ZERO):
+    return ops.matmul(a, a_scale, a_zero, b, b_scale, b_zero)
+
+
+def matmul_log2(p=CODES, p_scale=ONE, v=COLUMNS, v_scale=ONE, v_zero=ZERO, bits=4):
+    return ops.matmul_log2(p, p_scale, v, v_scale, v_zero, bits=bits)
+
+
+REFUSALS = {
+    "x is torch.float64, not torch.float32": lambda: ops.quantize_uniform(
+        X.double(), ONE, ZERO, bits=4
+    ),
+    "x has shape (), fewer than 1 dimensions": lambda: ops.quantize_uniform(
+        X[0, 0, 0], ONE, ZERO, bits=4
+    ),
+    "scale has shape (8,), neither one element (per tensor) nor (2, 3, 1) (per token)": lambda: (
+        ops.quantize_uniform(X, torch.ones(8), ZERO, bits=4)
+    ),
+    "zero_point is torch.float32, not torch.int32": lambda: ops.quantize_uniform(
+        X, ONE, ONE, bits=4
+    ),
+    "bits is 1, not between 2 and 8": lambda: ops.quantize_uniform(X, ONE, ZERO, bits=1),
+    "bits is 9, not between 2 and 8": lambda: ops.quantize_log2(X, ONE, bits=9),
+    "scale has shape (2,), not one element": lambda: ops.quantize_log2(X, torch.ones(2), bits=4),
+    "scale is on meta, the first argument on cpu": lambda: ops.quantize_log2(
+        X, ONE.to("meta"), bits=4
+    ),
+    "codes has shape (2, 3, 8), not (N, K)": lambda: ops.pack_codes(CODES, bits=4),
+    "codes is torch.int8, not torch.uint8": lambda: ops.pack_codes(PACKED.to(torch.int8), bits=4),
+    "packed has shape (5, 4), not (N, 5): rows of 9 codes of 4 bits": lambda: ops.unpack_codes(
+        PACKED, bits=4, in_features=9
+    ),
+    "in_features is -1, below zero": lambda: ops.prepare_weight(PACKED, bits=4, in_features=-1),
+    "x has 8 features, the weight has 7": lambda: linear(in_features=7),
+    "x_zero has shape (3,), neither one element (per tensor) nor (2, 3, 1) (per token)": lambda: (
+        linear(x_zero=ZEROS[:3])
+    ),
+    "weight has shape (5, 4), not (N, 3): rows of 8 codes of 3 bits": lambda: linear(weight_bits=3),
+    "weight_bits is 0, not between 2 and 8": lambda: linear(weight_bits=0),
+    "weight is torch.int32, not torch.uint8": lambda: linear(weight=PACKED.int()),
+    "the int8 weight has shape (5, 4), not (N, 8)": lambda: linear(weight=PACKED.to(torch.int8)),
+    "weight_scale has shape (1,), not (5,)": lambda: linear(scale=ONE),
+    "weight_zero is torch.uint8, not torch.int32": lambda: linear(zero=ZEROS.to(torch.uint8)),
+    "bias has shape (5, 1), not (5,)": lambda: linear(bias=SCALES[:, None]),
+    "a (2, 3, 8) and b (2, 3, 8) do not multiply: they need shapes (..., M, K) and (..., K, N)": (
+        lambda: matmul(b=CODES)
+    ),
+    "a has shape (8,), fewer than 2 dimensions": lambda: matmul(a=CODES[0, 0]),
+    "b_zero has shape (5,), not one element": lambda: matmul(b_zero=ZEROS),
+    "v is torch.float32, not torch.uint8": lambda: matmul_log2(v=X.transpose(1, 2)),
+    "p_scale has shape (5,), not one element": lambda: matmul_log2(p_scale=SCALES),
+}
+
+
+@pytest.mark.parametrize("sentence", REFUSALS)
+def test_a_wrong_argument_is_named(sentence):
+    with dispatch.trace() as decisions, pytest.raises(UsageError, match=f"^{re.escape(sentence)}$"):
+        REFUSALS[sentence]()
+    assert not decisions
+
+
+def test_arguments_are_checked_without_data_too():
+    with pytest.raises(UsageError, match="x has 8 features, the weight has 7"):
+        torch.ops.qtool.linear(
+            CODES.to("meta"),
+            *(item.to("meta") for item in (ONE, ZERO, PACKED, SCALES, ZEROS)),
+            None,
+            4,
+            7,
+        )
+
+
+def long_call(terms):
+    weight = torch.full((2, terms), 255, dtype=torch.uint8)
+    x = torch.full((3, terms), 255, dtype=torch.uint8)
+    zeros = torch.tensor([0, 255], dtype=torch.int32)
+    sizes = {"weight_bits": 8, "in_features": terms}
+    return ops.linear(x, ONE, ZERO, weight, ONE.repeat(2), zeros, **sizes)
+
+
+@pytest.mark.usefixtures("exact_int8_products")
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_the_longest_sums_are_exact(backend):
+    terms = contracts.MAX_TERMS
+    with dispatch.use_backend(backend):
+        assert long_call(terms).tolist() == [[255.0 * 255 * terms, 0]] * 3
+
+
+def test_longer_sums_go_to_the_reference():
+    terms = contracts.MAX_TERMS + 1
+    with dispatch.trace() as decisions:
+        assert long_call(terms)[0, 0] == torch.tensor(255.0 * 255 * terms)
+    assert decisions == [("linear", "reference", "int32 sums hold at most 16384 terms")]
+    with (
+        dispatch.use_backend("cpu"),
+        pytest.raises(BackendError, match="int32 sums hold at most 16384 terms") as caught,
+    ):
+        long_call(terms)
+    assert caught.value.remedy == "choose auto or reference"

@@ -1,0 +1,75 @@
+"""What the CPU path promises beyond equality with the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qtool.engine import cpu, dispatch, ops
+from qtool.errors import BackendError
+
+
+@pytest.fixture
+def device():
+    return torch.device("cpu")
+
+
+@pytest.mark.usefixtures("exact_int8_products")
+@pytest.mark.parametrize("per_token", [False, True], ids=["tensor", "token"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_linear_has_the_bits_of_a_float_simulation(bits, per_token, draw):
+    tokens, features, channels = 197, 192, 51
+    x, q = draw.codes(tokens, features, bits=bits), draw.codes(channels, features, bits=bits)
+    size = (tokens, 1) if per_token else (1,)
+    x_scale, x_zero = draw.scales(*size), draw.zeros(*size, bits=bits)
+    scale, zero, bias = (
+        draw.scales(channels),
+        draw.zeros(channels, bits=bits),
+        draw.floats(channels),
+    )
+    simulated = ((x - x_zero).float() @ (q - zero[:, None]).float().T) * (x_scale * scale) + bias
+    packed = ops.pack_codes(q, bits=bits)
+    sizes = {"weight_bits": bits, "in_features": features}
+    with dispatch.use_backend("cpu"):
+        y = ops.linear(x, x_scale, x_zero, packed, scale, zero, bias, **sizes)
+    assert torch.equal(y, simulated)
+
+
+@pytest.mark.usefixtures("exact_int8_products")
+def test_rows_are_taken_in_blocks(draw):
+    rows = cpu.BLOCK_ROWS + 3
+    x, weight = draw.codes(rows, 5), draw.codes(3, 5)
+    parameters = (draw.scales(rows, 1), draw.zeros(rows, 1), weight, draw.scales(3), draw.zeros(3))
+    results, codes = [], []
+    values = draw.floats(rows, 300)
+    for backend in ("reference", "cpu"):
+        with dispatch.use_backend(backend):
+            results.append(ops.linear(x, *parameters, weight_bits=8, in_features=5))
+            codes.append(ops.quantize_uniform(values, *parameters[:2], bits=8))
+            codes.append(ops.quantize_log2(values.abs(), draw.scales(1) * 0 + 0.1, bits=8))
+    assert torch.equal(*results)
+    assert torch.equal(codes[0], codes[2])
+    assert torch.equal(codes[1], codes[3])
+
+
+def test_a_cpu_with_saturating_products_is_left_to_the_reference(monkeypatch, draw):
+    monkeypatch.setattr(cpu, "int8_product_is_exact", lambda: False)
+    a, b, one, zero = draw.codes(3, 5), draw.codes(5, 2), draw.scales(1), draw.zeros(1)
+    with dispatch.trace() as decisions:
+        ops.matmul(a, one, zero, b, one, zero)
+        ops.matmul_log2(a, one, b, one, zero, bits=8)
+    assert decisions == [
+        ("matmul", "reference", "this CPU's int8 products saturate (no VNNI)"),
+        ("matmul_log2", "cpu", "tensors on cpu"),
+    ]
+    with dispatch.use_backend("cpu"), pytest.raises(BackendError, match="saturate"):
+        ops.matmul(a, one, zero, b, one, zero)
+
+
+@pytest.mark.usefixtures("exact_int8_products")
+def test_the_self_check_notices_saturation(monkeypatch):
+    exact = torch._int_mm
+    monkeypatch.setattr(torch, "_int_mm", lambda x, w: exact(x, w).clamp(max=32767 * 64))
+    cpu.int8_product_is_exact.cache_clear()
+    assert not cpu.int8_product_is_exact()
+    cpu.int8_product_is_exact.cache_clear()
