@@ -1,0 +1,307 @@
+"""Quantized checkpoints: one safetensors file that describes itself.
+
+The metadata hold `format=pt`, `qtool.format=1`, `qtool.config` (a `Header` in JSON) and two
+checksums. A quantized layer NAME has these tensors; every other tensor keeps the name it has in
+the model.
+
+| tensor                   | type       | shape                                           |
+|--------------------------|------------|-------------------------------------------------|
+| `NAME.weight_packed`     | U8         | (N, row bytes)                                  |
+| `NAME.weight_scale`      | F32 or F16 | (N,), one per output channel                    |
+| `NAME.weight_zero_point` | U8 or I32  | (N,), in 0 .. 2^bits - 1                        |
+| `NAME.weight_shape`      | I64        | holds (N, K) or (N, C, kernel H, kernel W)      |
+| `NAME.input_scale`       | F32 or F16 | () or (1,); absent where the input stays float  |
+| `NAME.input_zero_point`  | U8 or I32  | () or (1,); absent likewise                     |
+| `NAME.bias`              | any        | (N,), optional                                  |
+
+An attention NAME has `NAME.products.OPERAND_scale` and `..._zero_point`, of the types and shapes of
+`input_scale` and `input_zero_point`.
+
+A row of K codes takes the bytes of its planes one after the other, ceil(K * width / 8) each; the
+widths are 2=[2] 3=[2,1] 4=[4] 5=[4,1] 6=[4,2] 7=[4,2,1] 8=[8].
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import torch
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from torch import Tensor
+
+from qtool.errors import CheckpointError
+from qtool.io.container import (
+    damaged,
+    foreign,
+    open_container,
+    read_table,
+    read_tensors,
+    shown,
+    strict_json,
+    write_container,
+)
+
+FORMAT = 1
+
+Shapes = tuple[tuple[int, ...], ...]
+
+_PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
+_WEIGHT_RANKS = {"linear": 2, "conv": 4}
+_WEIGHT_TENSORS = frozenset({"weight_packed", "weight_scale", "weight_zero_point", "weight_shape"})
+_INPUT_TENSORS = frozenset({"input_scale", "input_zero_point"})
+_SCALES = (torch.float32, torch.float16)
+_ZERO_POINTS = (torch.uint8, torch.int32)
+_ONE: Shapes = ((), (1,))
+
+
+def _plain_json(value: object) -> object:
+    """Turn tuples into lists, so that a header equals the one that is read back."""
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+
+
+JsonObject = Annotated[dict[str, Any], BeforeValidator(_plain_json)]
+Bits = Annotated[int, Field(ge=2, le=8)]
+BitsName = Annotated[str, Field(pattern=r"^w[2-8]a([2-8]|16|32)$")]
+LayerName = Annotated[str, Field(pattern=r"^\w+(\.\w+)*$", max_length=300)]
+
+
+class LayerBits(BaseModel):
+    """How one layer is quantized.
+
+    Attributes:
+        kind: `linear` and `conv` have packed weights, `attention` has quantized products.
+        weight_bits: Width of the weights; None for attention.
+        input_bits: Width of the input, or of the operands of attention; None where it stays float.
+        options: Whatever else the layer's class needs to be made again.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    kind: Literal["linear", "conv", "attention"]
+    weight_bits: Bits | None
+    input_bits: Bits | None
+    options: dict[str, str | int | float | bool | None] = {}
+
+    @model_validator(mode="after")
+    def _weights_have_bits(self) -> Self:
+        if (self.kind == "attention") != (self.weight_bits is None):
+            raise ValueError("linear and conv layers have weight_bits, attention has none")
+        return self
+
+
+class Header(BaseModel):
+    """Everything a checkpoint says about itself.
+
+    Attributes:
+        architecture: The timm name and tag, or `demo_vit`.
+        model_args: Arguments that build the model without weights.
+        data: Input size, mean, std, interpolation and crop.
+        engine: `fixed` has one bit-width per layer.
+        bits: The bit-widths the file can run at.
+        active_bits: The one of them it runs at.
+        layers: The quantized layers by name.
+        quantization_config: The same in compressed-tensors' words, `quant_method` "qtool".
+        provenance: Version, method, recipe, seed, SHA-256 of the source weights, paper.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    architecture: Annotated[str, Field(pattern=r"^[\w.:/-]+$", max_length=200)]
+    model_args: JsonObject
+    data: JsonObject
+    engine: Literal["fixed", "nested", "branches"]
+    bits: Annotated[list[BitsName], Field(min_length=1)]
+    active_bits: BitsName
+    layers: dict[LayerName, LayerBits]
+    quantization_config: JsonObject
+    provenance: JsonObject
+
+    @model_validator(mode="after")
+    def _active_bits_are_there(self) -> Self:
+        if self.active_bits not in self.bits:
+            raise ValueError(f"active_bits {self.active_bits} is not one of bits")
+        return self
+
+
+def write(
+    path: Path, header: Header, tensors: Mapping[str, Tensor], *, overwrite: bool = False
+) -> None:
+    """Write a checkpoint; the same input gives the same bytes.
+
+    Args:
+        path: Where the file goes; it appears whole or not at all.
+        header: What the file says about itself.
+        tensors: All tensors of the quantized model by name.
+        overwrite: Whether an existing file may be replaced.
+
+    Raises:
+        CheckpointError: Header and tensors disagree; nothing is written.
+        OutputExistsError: The file exists and `overwrite` is false.
+    """
+    _require_fixed(path, header)
+    problem = _disagreement(header, tensors)
+    if problem:
+        raise CheckpointError(f"cannot write {path}: {problem}")
+    config = json.dumps(header.model_dump(), sort_keys=True, separators=(",", ":"))
+    metadata = {"format": "pt", "qtool.format": str(FORMAT), "qtool.config": config}
+    write_container(path, metadata, tensors, overwrite=overwrite)
+
+
+def read_header(path: Path) -> Header:
+    """Read what a checkpoint says about itself, without touching its tensors.
+
+    Raises:
+        CheckpointError: The file is absent, damaged, foreign, hostile or of a newer format.
+    """
+    with open_container(path) as file:
+        table = read_table(file, path)
+    return _header(path, table.metadata, intact=table.intact)
+
+
+def read(path: Path) -> tuple[Header, dict[str, Tensor]]:
+    """Read a checkpoint, on the CPU, after checking all of it.
+
+    Returns:
+        The header and all tensors by name, in the order of the file.
+
+    Raises:
+        CheckpointError: The file is absent, damaged, foreign, hostile or of a newer format.
+    """
+    with open_container(path) as file:
+        table = read_table(file, path)
+        header = _header(path, table.metadata, intact=table.intact)
+        _require_fixed(path, header)
+        tensors = read_tensors(file, path, table)
+    problem = _disagreement(header, tensors)
+    if problem:
+        raise damaged(path, problem)
+    return header, tensors
+
+
+def _header(path: Path, metadata: Mapping[str, str], *, intact: bool) -> Header:
+    version = metadata.get("qtool.format", "")
+    if "qtool.config" not in metadata or not (version.isascii() and version.isdigit()):
+        raise foreign(path, "its metadata hold no qtool.format and qtool.config")
+    if version != str(FORMAT):
+        raise CheckpointError(
+            f"{path} has checkpoint format {shown(version)}; this qtool reads format {FORMAT}",
+            remedy="install the qtool that wrote it, or the newest: pip install -U qtool",
+        )
+    if not intact:
+        raise damaged(path, "its header does not match its checksum")
+    try:
+        return Header.model_validate(strict_json(metadata["qtool.config"]))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise damaged(path, f"qtool.config: {shown(place)}: {first['msg']}") from error
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, f"qtool.config is not JSON: {error}") from error
+
+
+def _require_fixed(path: Path, header: Header) -> None:
+    if header.engine != "fixed":
+        raise CheckpointError(
+            f"{path} has the engine {header.engine!r}; this qtool knows only 'fixed'",
+            remedy="install the newest qtool: pip install -U qtool",
+        )
+
+
+def _disagreement(header: Header, tensors: Mapping[str, Tensor]) -> str:
+    """Say in one line what is wrong between a header and its tensors, or nothing."""
+    children: dict[str, set[str]] = {}
+    for name in tensors:
+        owner, _, leaf = name.rpartition(".")
+        children.setdefault(owner, set()).add(leaf)
+    for owner, leaves in children.items():
+        surplus = leaves & (_WEIGHT_TENSORS | _INPUT_TENSORS)
+        if surplus and owner not in header.layers:
+            name = shown(f"{owner}.{min(surplus)}")
+            return f"tensor {name} belongs to no layer of the header"
+    for name, layer in header.layers.items():
+        if layer.kind == "attention":
+            place = f"{name}.products"
+            leaves = children.get(place, set())
+            own = {leaf: tensors[f"{place}.{leaf}"] for leaf in leaves}
+            if problem := _operand_problem(own, layer.input_bits or 8):
+                return f"layer {shown(name)}: {problem}"
+            continue
+        leaves = children.get(name, set())
+        needed = _WEIGHT_TENSORS | (_INPUT_TENSORS if layer.input_bits else frozenset())
+        if missing := needed - leaves:
+            return f"tensor {shown(f'{name}.{min(missing)}')} is missing"
+        if surplus := leaves - needed - {"bias"}:
+            return f"tensor {shown(f'{name}.{min(surplus)}')} does not belong to its layer"
+        own = {leaf: tensors[f"{name}.{leaf}"] for leaf in leaves}
+        if problem := _layer_problem(layer, own):
+            return f"layer {shown(name)}: {problem}"
+    return ""
+
+
+def _layer_problem(layer: LayerBits, own: Mapping[str, Tensor]) -> str:
+    bits, rank = layer.weight_bits or 0, _WEIGHT_RANKS[layer.kind]
+    shape_tensor, packed = own["weight_shape"], own["weight_packed"]
+    if shape_tensor.dtype != torch.int64 or shape_tensor.shape != (rank,):
+        return f"weight_shape is not {rank} integers of type I64"
+    shape = shape_tensor.tolist()
+    if not all(0 < size < 2**31 for size in shape):
+        return f"weight_shape {shape} is impossible"
+    rows, columns = shape[0], math.prod(shape[1:])
+    expected = (rows, sum((columns * width + 7) // 8 for width in _PLANES[bits]))
+    if packed.dtype != torch.uint8 or packed.shape != expected:
+        return (
+            f"weight_packed is {_described(packed)}, but weights of {bits} bits and shape "
+            f"{tuple(shape)} take uint8 {expected}"
+        )
+    if "bias" in own and own["bias"].shape != (rows,):
+        return f"bias is {_described(own['bias'])}, not of shape ({rows},)"
+    if problem := _grid_problem("weight", own, bits, ((rows,),)):
+        return problem
+    return _grid_problem("input", own, layer.input_bits, _ONE) if layer.input_bits else ""
+
+
+def _operand_problem(own: Mapping[str, Tensor], bits: int) -> str:
+    for leaf, tensor in sorted(own.items()):
+        if leaf.endswith("_scale"):
+            problem = _scale_problem(leaf, tensor, _ONE)
+        elif leaf.endswith("_zero_point"):
+            problem = _zero_point_problem(leaf, tensor, bits, _ONE)
+        else:
+            problem = f"tensor {shown(leaf)} does not belong to it"
+        if problem:
+            return problem
+    return ""
+
+
+def _grid_problem(which: str, own: Mapping[str, Tensor], bits: int, shapes: Shapes) -> str:
+    scale, zero_point = f"{which}_scale", f"{which}_zero_point"
+    return _scale_problem(scale, own[scale], shapes) or _zero_point_problem(
+        zero_point, own[zero_point], bits, shapes
+    )
+
+
+def _scale_problem(name: str, scale: Tensor, shapes: Shapes) -> str:
+    if scale.dtype not in _SCALES or tuple(scale.shape) not in shapes:
+        return f"{name} is {_described(scale)}, not float32 or float16 of shape {shapes[-1]}"
+    if not bool((scale.isfinite() & (scale > 0)).all()):
+        return f"{name} is not positive and finite everywhere"
+    return ""
+
+
+def _zero_point_problem(name: str, zero_point: Tensor, bits: int, shapes: Shapes) -> str:
+    if zero_point.dtype not in _ZERO_POINTS or tuple(zero_point.shape) not in shapes:
+        return f"{name} is {_described(zero_point)}, not uint8 or int32 of shape {shapes[-1]}"
+    if not bool(((zero_point >= 0) & (zero_point < 2**bits)).all()):
+        return f"{name} leaves 0..{2**bits - 1}"
+    return ""
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from qtool.errors import OutputExistsError, QtoolError, UsageError
+from qtool.io import atomic
+
+
+def _leftovers(folder):
+    return [path.name for path in folder.iterdir() if ".qtool-" in path.name]
+
+
+def test_writes_bytes_and_makes_parents(tmp_path):
+    path = tmp_path / "a" / "b" / "file.bin"
+    atomic.write_file(path, b"hello")
+    assert path.read_bytes() == b"hello"
+    assert _leftovers(path.parent) == []
+
+
+def test_writes_through_a_function(tmp_path):
+    path = tmp_path / "file.bin"
+    atomic.write_file(path, lambda file: file.write(b"abc"))
+    assert path.read_bytes() == b"abc"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_mode_follows_umask(tmp_path, umask, mode, overwrite):
+    path = tmp_path / "file.bin"
+    before = os.umask(umask)
+    try:
+        atomic.write_file(path, b"x", overwrite=overwrite)
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == mode
+
+
+def test_existing_file_is_kept_and_both_flags_are_named(tmp_path):
+    path = tmp_path / "file.bin"
+    path.write_bytes(b"old")
+    with pytest.raises(OutputExistsError) as caught:
+        atomic.write_file(path, b"new")
+    assert "--overwrite" in caught.value.remedy
+    assert "--skip-existing" in caught.value.remedy
+    assert path.read_bytes() == b"old"
+    atomic.write_file(path, b"new", overwrite=True)
+    assert path.read_bytes() == b"new"
+
+
+def test_file_made_meanwhile_is_not_replaced(tmp_path):
+    path = tmp_path / "file.bin"
+
+    def slow(file):
+        file.write(b"mine")
+        path.write_bytes(b"theirs")
+
+    with pytest.raises(OutputExistsError):
+        atomic.write_file(path, slow)
+    assert path.read_bytes() == b"theirs"
+    assert _leftovers(tmp_path) == []
+
+
+def test_without_hard_links_a_new_file_is_still_written(tmp_path, monkeypatch):
+    def refuse(*_args):
+        raise PermissionError(1, "no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    path = tmp_path / "file.bin"
+    atomic.write_file(path, b"x")
+    assert path.read_bytes() == b"x"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_interrupted_writer_leaves_the_old_file(tmp_path, error):
+    path = tmp_path / "file.bin"
+    path.write_bytes(b"old")
+
+    def interrupted(file):
+        file.write(b"half")
+        raise error
+
+    with pytest.raises(error):
+        atomic.write_file(path, interrupted, overwrite=True)
+    assert path.read_bytes() == b"old"
+    assert _leftovers(tmp_path) == []
+
+
+def test_full_disk_is_told_with_a_remedy(tmp_path):
+    def full(_file):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(QtoolError, match="No space left") as caught:
+        atomic.write_file(tmp_path / "file.bin", full)
+    assert "space" in caught.value.remedy
+
+
+def test_a_folder_or_a_file_in_the_path_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="is a folder"):
+        atomic.write_file(tmp_path, b"x")
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(QtoolError) as caught:
+        atomic.write_file(tmp_path / "file" / "below", b"x")
+    assert "choose a folder" in caught.value.remedy
+
+
+def test_link_is_followed(tmp_path):
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_bytes(b"old")
+    link.symlink_to(target)
+    atomic.write_file(link, b"new", overwrite=True)
+    assert link.is_symlink()
+    assert target.read_bytes() == b"new"
+
+
+def test_longest_name_fits(tmp_path):
+    path = tmp_path / ("n" * 255)
+    atomic.write_file(path, b"x")
+    assert path.read_bytes() == b"x"
+
+
+def test_sweep_removes_only_what_is_stale(tmp_path):
+    dead = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True
+    )
+    pid = int(dead.stdout)
+    host = atomic._HOST
+
+    def place(name, age=0.0):
+        path = tmp_path / name
+        path.write_bytes(b"half")
+        os.utime(path, (time.time() - age, time.time() - age))
+        return path
+
+    crashed = place(f".a.png.qtool-{host}-{pid}-0123abcd.tmp")
+    forgotten = place(f".b.png.qtool-elsewhere-{os.getpid()}-0123abcd.tmp", age=2 * 86400)
+    running = place(f".c.png.qtool-{host}-{os.getpid()}-0123abcd.tmp")
+    elsewhere = place(f".d.png.qtool-elsewhere-{pid}-0123abcd.tmp")
+    foreign = place(".e.png.tmp", age=2 * 86400)
+    assert atomic.sweep(tmp_path) == [crashed, forgotten]
+    assert running.exists()
+    assert elsewhere.exists()
+    assert foreign.exists()
+    assert atomic.sweep(tmp_path / "absent") == []
+
+
+def test_killed_process_leaves_no_half_file_and_its_remains_are_swept(tmp_path):
+    path = tmp_path / "file.bin"
+    code = (
+        "import os, signal, sys; from pathlib import Path; from qtool.io.atomic import write_file\n"
+        "def write(file):\n"
+        "    file.write(b'half'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "write_file(Path(sys.argv[1]), write)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], timeout=60, check=False)
+    assert done.returncode == -9
+    assert not path.exists()
+    assert len(atomic.sweep(tmp_path)) == 1
+    assert list(tmp_path.iterdir()) == []
