@@ -1,0 +1,197 @@
+"""Layers that run on the integer engine: packed weights, integer codes, nothing simulated."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from qtool.engine import ops
+
+OPERANDS = ("query", "key", "probability", "value")
+"""The quantized operands of attention."""
+
+
+def to_patches(images: Tensor, patch: tuple[int, ...]) -> Tensor:
+    """Cut (B, C, H, W) into patches as a convolution sees them: (B, H / p * W / q, C * p * q)."""
+    batch, channels, height, width = images.shape
+    down, across = patch
+    grid = images.reshape(batch, channels, height // down, down, width // across, across)
+    return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+class QuantLinear(nn.Module):
+    """A linear layer with packed low-bit weights and integer activations: (..., K) to (..., N).
+
+    Buffers (also the names in a checkpoint): `weight_packed` uint8 (N, bytes), `weight_scale`
+    (N,), `weight_zero_point` int32 (N,), `weight_shape`, `input_scale` (1,), `input_zero_point`
+    int32 (1,), `bias` (N,) or absent.
+    """
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor
+    weight_shape: Tensor
+    input_scale: Tensor
+    input_zero_point: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        *,
+        weight_bits: int,
+        input_bits: int,
+        bias: bool,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.weight_bits = weight_bits
+        self.input_bits = input_bits
+        self.shape = shape
+        self.in_features = int(torch.Size(shape[1:]).numel())
+        rows = shape[0]
+        width = ops.packed_width(weight_bits, self.in_features)
+
+        def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
+
+        self.register_buffer("weight_packed", empty(rows, width, dtype=torch.uint8))
+        self.register_buffer("weight_scale", empty(rows))
+        self.register_buffer("weight_zero_point", empty(rows, dtype=torch.int32))
+        self.register_buffer("weight_shape", torch.tensor(shape, device=device))
+        self.register_buffer("input_scale", empty(1))
+        self.register_buffer("input_zero_point", empty(1, dtype=torch.int32))
+        self.register_buffer("bias", empty(rows) if bias else None)
+        self._resident: Tensor | None = None
+
+    @classmethod
+    def empty(
+        cls,
+        shape: tuple[int, ...],
+        *,
+        weight_bits: int,
+        input_bits: int,
+        bias: bool,
+        device: torch.device | str = "cpu",
+    ) -> QuantLinear:
+        """A layer whose buffers wait to be filled."""
+        return cls(shape, weight_bits=weight_bits, input_bits=input_bits, bias=bias, device=device)
+
+    def set_codes(self, codes: Tensor) -> None:
+        """Store weight codes (N, K), uint8."""
+        self.weight_packed.copy_(ops.pack_codes(codes, self.weight_bits))
+        self._resident = None
+
+    def weight_codes(self) -> Tensor:
+        """Weight codes (N, K), uint8."""
+        return ops.unpack_codes(self.weight_packed, self.weight_bits, self.in_features)
+
+    def dequantized_weight(self) -> Tensor:
+        """Weights (N, K) as the codes and scales stand for."""
+        levels = self.weight_codes().int() - self.weight_zero_point[:, None]
+        return levels.float() * self.weight_scale[:, None]
+
+    def resident_weight(self) -> Tensor:
+        """Weights as the device multiplies them best: unpacked once on a CPU, packed on a GPU."""
+        if self.weight_packed.device.type != "cpu":
+            return self.weight_packed
+        if self._resident is None:
+            self._resident = ops.prepare_weight(
+                self.weight_packed, self.weight_bits, self.in_features
+            )
+        return self._resident
+
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+        self._resident = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Quantize `x`, multiply integers, apply scales and bias."""
+        codes = ops.quantize_uniform(
+            x, self.input_scale, self.input_zero_point, bits=self.input_bits
+        )
+        return ops.linear(
+            codes,
+            self.input_scale,
+            self.input_zero_point,
+            self.resident_weight(),
+            self.weight_scale,
+            self.weight_zero_point,
+            self.bias,
+            weight_bits=self.weight_bits,
+            in_features=self.in_features,
+        )
+
+    def extra_repr(self) -> str:
+        """Shape and bits."""
+        return f"{tuple(self.shape)}, w{self.weight_bits}a{self.input_bits}"
+
+
+class QuantConv2d(QuantLinear):
+    """A convolution over patches that do not overlap: (B, C, H, W) to (B, N, H / p, W / p)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Cut into patches, apply the linear layer, restore the grid."""
+        patch = self.shape[2:]
+        y: Tensor = super().forward(to_patches(x, patch))
+        grid = (x.shape[-2] // patch[0], x.shape[-1] // patch[1])
+        out: Tensor = y.transpose(1, 2).unflatten(2, grid)
+        return out
+
+
+class IntegerProducts(nn.Module):
+    """The two matrix products of attention on integer codes.
+
+    Args:
+        bits: Width of all four operands.
+        probabilities: Quantizer after softmax, "log2" or "uniform".
+        device: Where the scales live.
+    """
+
+    def __init__(
+        self, *, bits: int, probabilities: str, device: torch.device | str = "cpu"
+    ) -> None:
+        super().__init__()
+        self.bits = bits
+        self.probabilities = probabilities
+        for name in OPERANDS:
+            self.register_buffer(f"{name}_scale", torch.ones(1, device=device))
+            if name != "probability" or probabilities == "uniform":
+                zero = torch.zeros(1, dtype=torch.int32, device=device)
+                self.register_buffer(f"{name}_zero_point", zero)
+
+    def parameters_of(self, name: str) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of an operand; the scale twice where there is no zero point."""
+        scale = cast(Tensor, getattr(self, f"{name}_scale"))
+        return scale, cast(Tensor, getattr(self, f"{name}_zero_point", scale))
+
+    def _codes(self, name: str, x: Tensor) -> Tensor:
+        scale, zero = self.parameters_of(name)
+        return ops.quantize_uniform(x, scale, zero, bits=self.bits)
+
+    def scores(self, query: Tensor, key: Tensor) -> Tensor:
+        """(B, H, N, D) and (B, H, M, D) to (B, H, N, M)."""
+        return ops.matmul(
+            self._codes("query", query),
+            *self.parameters_of("query"),
+            self._codes("key", key).transpose(-2, -1),
+            *self.parameters_of("key"),
+        )
+
+    def values(self, probabilities: Tensor, value: Tensor) -> Tensor:
+        """(B, H, N, M) and (B, H, M, D) to (B, H, N, D)."""
+        scale, zero = self.parameters_of("probability")
+        value_codes = self._codes("value", value)
+        if self.probabilities == "uniform":
+            codes = self._codes("probability", probabilities)
+            return ops.matmul(codes, scale, zero, value_codes, *self.parameters_of("value"))
+        codes = ops.quantize_log2(probabilities, scale, bits=self.bits)
+        return ops.matmul_log2(
+            codes, scale, value_codes, *self.parameters_of("value"), bits=self.bits
+        )
+
+    def extra_repr(self) -> str:
+        """Bits and the quantizer after softmax."""
+        return f"a{self.bits}, probabilities={self.probabilities}"

@@ -1,0 +1,129 @@
+"""Which layers of a model are quantized and to how many bits, decided before any pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from torch import nn
+
+from qtool.errors import UsageError
+from qtool.quant.bits import BitSpec
+
+LayerKind = Literal["linear", "conv", "attention"]
+
+FIRST_INPUT_BITS = 8
+"""The first layer sees the picture, which is 8-bit already (RepQ-ViT, AdaLog)."""
+
+LOG2_MAX_BITS = 6
+"""Beyond this width a log2 code gains nothing: its steps stay a factor of 2 apart."""
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """How one layer is quantized.
+
+    Attributes:
+        kind: "linear", "conv" (a patch embedding) or "attention" (its two products).
+        weight_bits: Bits of a weight code; 0 for attention, which has no weights of its own.
+        input_bits: Bits of an activation code.
+        probabilities: For attention, the quantizer after softmax: "log2" or "uniform".
+    """
+
+    kind: LayerKind
+    weight_bits: int
+    input_bits: int
+    probabilities: str = ""
+
+
+def is_patch_convolution(module: nn.Module) -> bool:
+    """Tell whether a convolution cuts its input into patches that do not overlap."""
+    return (
+        isinstance(module, nn.Conv2d)
+        and module.kernel_size == module.stride
+        and module.padding == (0, 0)
+        and module.dilation == (1, 1)
+        and module.groups == 1
+    )
+
+
+def plan_layers(
+    model: nn.Module,
+    *,
+    attentions: Iterable[str],
+    bits: BitSpec,
+    keep: Sequence[tuple[str, BitSpec]] = (),
+    skip: Sequence[str] = (),
+) -> dict[str, LayerPlan]:
+    """Decide the bits of every linear layer, patch embedding and attention product.
+
+    Args:
+        model: The float model.
+        attentions: Names of its attention modules.
+        bits: Width for everything not named in `keep`.
+        keep: Pairs of glob and bits; the last match wins.
+        skip: Globs of layers that stay in float.
+
+    Returns:
+        Plans by module name, in the order of `model.named_modules()`.
+
+    Raises:
+        UsageError: A glob matches no layer, or nothing is left to quantize.
+    """
+    sites = set(attentions)
+    names: dict[str, LayerKind] = {}
+    for name, module in model.named_modules():
+        if name in sites:
+            names[name] = "attention"
+        elif isinstance(module, nn.Linear):
+            names[name] = "linear"
+        elif is_patch_convolution(module):
+            names[name] = "conv"
+    for glob in [*skip, *(glob for glob, _ in keep)]:
+        if not any(fnmatchcase(name, glob) for name in names):
+            raise UsageError(
+                f"no layer matches {glob!r}",
+                remedy=f"layers are named like {', '.join(list(names)[:4])}",
+            )
+    plans = {
+        name: _layer_plan(kind, _bits_of(name, bits, keep))
+        for name, kind in names.items()
+        if not any(fnmatchcase(name, glob) for glob in skip)
+    }
+    if not plans:
+        raise UsageError("every layer is skipped", remedy="give --skip fewer layers")
+    return plans
+
+
+def _bits_of(name: str, bits: BitSpec, keep: Sequence[tuple[str, BitSpec]]) -> BitSpec:
+    for glob, kept in reversed(keep):
+        if fnmatchcase(name, glob):
+            return kept
+    return bits
+
+
+def _layer_plan(kind: LayerKind, bits: BitSpec) -> LayerPlan:
+    if kind == "conv":
+        return LayerPlan(kind, bits.weight, FIRST_INPUT_BITS)
+    if kind == "attention":
+        probabilities = "log2" if bits.activation <= LOG2_MAX_BITS else "uniform"
+        return LayerPlan(kind, 0, bits.activation, probabilities)
+    return LayerPlan(kind, bits.weight, bits.activation)
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` where `name` is in `model`."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def weight_parameters(model: nn.Module, plans: Mapping[str, LayerPlan]) -> int:
+    """Number of weights in the planned layers of the float model."""
+    total = 0
+    for name, plan in plans.items():
+        if plan.kind != "attention":
+            weight = model.get_submodule(name).weight
+            total += weight.numel() if isinstance(weight, nn.Parameter) else 0
+    return total

@@ -1,0 +1,173 @@
+"""Layers that calibrate: float weights, fake quantization, gradients.
+
+A simulated layer multiplies integer-valued floats and applies its scales in the engine's order, so
+that `freeze()` changes where the arithmetic runs and not what comes out.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qtool.quant import quantizers
+from qtool.quant.layers import IntegerProducts, QuantConv2d, QuantLinear, to_patches
+from qtool.quant.plan import LayerPlan
+
+
+class SimulatedLayer(nn.Module):
+    """What all simulated layers share: a switch, and the inputs seen while observing.
+
+    Attributes:
+        enabled: Quantize; otherwise compute in float.
+        observing: Remember the operands of the next call.
+    """
+
+    def __init__(self, plan: LayerPlan) -> None:
+        super().__init__()
+        self.plan = plan
+        self.enabled = False
+        self.observing = False
+        self.seen: dict[str, Tensor] = {}
+
+    def observe(self, **operands: Tensor) -> None:
+        """Remember operands by name, detached."""
+        if self.observing:
+            self.seen = {**self.seen, **{name: x.detach() for name, x in operands.items()}}
+
+    def calibrate(self) -> None:
+        """Choose scales from what was seen, then forget it."""
+        raise TypeError(f"{type(self).__name__} has nothing to calibrate")
+
+
+class SimulatedLinear(SimulatedLayer):
+    """A linear layer, or a patch embedding seen as one, with fake quantization.
+
+    Args:
+        source: The float layer; its weights are copied.
+        plan: Its bits.
+    """
+
+    def __init__(self, source: nn.Linear | nn.Conv2d, plan: LayerPlan) -> None:
+        super().__init__(plan)
+        self.weight_shape = tuple(source.weight.shape)
+        self.patch = source.kernel_size if isinstance(source, nn.Conv2d) else None
+        weight = source.weight.detach().flatten(1).clone()
+        self.weight = nn.Parameter(weight)
+        self.bias = None if source.bias is None else nn.Parameter(source.bias.detach().clone())
+        scale, zero = quantizers.search_weight_range(weight, bits=plan.weight_bits)
+        self.register_buffer("weight_scale", scale)
+        self.register_buffer("weight_zero_point", zero)
+        self.register_buffer("input_scale", weight.new_ones(1))
+        self.register_buffer("input_zero_point", zero.new_zeros(1))
+
+    weight_scale: Tensor
+    weight_zero_point: Tensor
+    input_scale: Tensor
+    input_zero_point: Tensor
+
+    def weight_levels(self) -> Tensor:
+        """Weight codes minus their zero points, (N, K), integer-valued."""
+        return quantizers.uniform_levels(
+            self.weight,
+            self.weight_scale[:, None],
+            self.weight_zero_point[:, None],
+            bits=self.plan.weight_bits,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer: (..., K) to (..., N), or (B, C, H, W) to (B, N, H / p, W / p)."""
+        size = x.shape[-2:]
+        if self.patch is not None:
+            x = to_patches(x, self.patch)
+        self.observe(input=x)
+        if self.enabled:
+            levels = quantizers.uniform_levels(
+                x, self.input_scale, self.input_zero_point, bits=self.plan.input_bits
+            )
+            y = F.linear(levels, self.weight_levels()) * (self.input_scale * self.weight_scale)
+            y = y if self.bias is None else y + self.bias
+        else:
+            y = F.linear(x, self.weight, self.bias)
+        if self.patch is not None:
+            y = y.transpose(1, 2).unflatten(2, (size[0] // self.patch[0], size[1] // self.patch[1]))
+        return y
+
+    def calibrate(self) -> None:
+        """Choose the input's range by least squared error."""
+        scale, zero = quantizers.search_activation_range(
+            self.seen["input"], bits=self.plan.input_bits
+        )
+        self.input_scale.copy_(scale)
+        self.input_zero_point.copy_(zero)
+        self.seen = {}
+
+    @torch.no_grad()
+    def freeze(self) -> QuantLinear:
+        """The integer layer with these weights and scales."""
+        codes = (self.weight_levels() + self.weight_zero_point[:, None]).to(torch.uint8)
+        kind = QuantLinear if self.patch is None else QuantConv2d
+        layer = kind.empty(
+            self.weight_shape,
+            weight_bits=self.plan.weight_bits,
+            input_bits=self.plan.input_bits,
+            bias=self.bias is not None,
+            device=self.weight.device,
+        )
+        layer.set_codes(codes)
+        layer.weight_scale.copy_(self.weight_scale)
+        layer.weight_zero_point.copy_(self.weight_zero_point)
+        layer.input_scale.copy_(self.input_scale)
+        layer.input_zero_point.copy_(self.input_zero_point)
+        if self.bias is not None and layer.bias is not None:
+            layer.bias.copy_(self.bias)
+        return layer
+
+
+class SimulatedProducts(SimulatedLayer):
+    """The two products of attention with fake quantization of all four operands."""
+
+    def __init__(self, plan: LayerPlan) -> None:
+        super().__init__(plan)
+        self.frozen = IntegerProducts(bits=plan.input_bits, probabilities=plan.probabilities)
+
+    def _levels(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        scale, zero = self.frozen.parameters_of(name)
+        if name == "probability" and self.plan.probabilities == "log2":
+            return quantizers.log2_levels(x, scale, bits=self.plan.input_bits), scale
+        return quantizers.uniform_levels(x, scale, zero, bits=self.plan.input_bits), scale
+
+    def _product(self, left: str, a: Tensor, right: str, b: Tensor) -> Tensor:
+        (a, a_scale), (b, b_scale) = self._levels(left, a), self._levels(right, b)
+        return a @ (b.transpose(-2, -1) if right == "key" else b) * (a_scale * b_scale)
+
+    def scores(self, query: Tensor, key: Tensor) -> Tensor:
+        """(B, H, N, D) and (B, H, M, D) to (B, H, N, M)."""
+        self.observe(query=query, key=key)
+        if self.enabled:
+            return self._product("query", query, "key", key)
+        return query @ key.transpose(-2, -1)
+
+    def values(self, probabilities: Tensor, value: Tensor) -> Tensor:
+        """(B, H, N, M) and (B, H, M, D) to (B, H, N, D)."""
+        self.observe(probability=probabilities, value=value)
+        if self.enabled:
+            return self._product("probability", probabilities, "value", value)
+        return probabilities @ value
+
+    def calibrate(self) -> None:
+        """Choose the ranges of all four operands by least squared error."""
+        bits = self.plan.input_bits
+        for name, x in self.seen.items():
+            scale, zero = self.frozen.parameters_of(name)
+            if name == "probability" and self.plan.probabilities == "log2":
+                scale.copy_(quantizers.search_log2_scale(x, bits=bits))
+                continue
+            found = quantizers.search_activation_range(x, bits=bits)
+            scale.copy_(found[0])
+            zero.copy_(found[1])
+        self.seen = {}
+
+    def freeze(self) -> IntegerProducts:
+        """The integer products with these scales."""
+        return self.frozen
