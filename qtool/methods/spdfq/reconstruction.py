@@ -1,0 +1,229 @@
+"""Quantize block by block: choose ranges, then train each block's weights to restore its output.
+
+Reference: SPDFQ (arXiv 2412.16553) with the details of I&S-ViT (arXiv 2311.10126): Adam, cosine
+decay, squared distance to the clean output of the full-precision block, inputs from the already
+quantized prefix, weights and biases trained through straight-through rounding, scales fixed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qtool.errors import Progress
+from qtool.models.vision import AttentionSite
+from qtool.quant.attention import ATTENTION_CLASSES
+from qtool.quant.plan import LayerPlan, replace_module
+from qtool.quant.simulation import SimulatedLayer, SimulatedLinear, SimulatedProducts
+
+
+@dataclass(frozen=True)
+class ReconstructionConfig:
+    """How blocks are trained.
+
+    Attributes:
+        steps: Optimiser steps per block.
+        learning_rate: Peak step size of Adam; cosine decay to zero.
+        batch_size: Images per step.
+        seed: Order of the images.
+        bfloat16: Run the products of training steps in bfloat16 (codes are exact in it).
+    """
+
+    steps: int = 100
+    learning_rate: float = 4e-5
+    batch_size: int = 32
+    seed: int = 0
+    bfloat16: bool = False
+
+
+@dataclass(frozen=True)
+class UnitRecord:
+    """What happened to one block.
+
+    Attributes:
+        name: The block.
+        before: Squared output error relative to the output's power, after choosing ranges.
+        after: The same after training.
+    """
+
+    name: str
+    before: float
+    after: float
+
+
+class _Reached(Exception):  # noqa: N818 - a way out, not an error
+    """Raised to leave a forward pass once the wanted tensor is in hand."""
+
+
+def simulate(
+    model: nn.Module, plans: Mapping[str, LayerPlan], sites: Sequence[AttentionSite]
+) -> nn.Module:
+    """Replace planned layers by simulated ones, in place, all of them still computing in float.
+
+    Args:
+        model: The float model; parameters keep their names.
+        plans: Plans by module name.
+        sites: Attention modules and their kinds.
+
+    Returns:
+        The same model.
+    """
+    kinds = {site.name: site.kind for site in sites}
+    for name, plan in plans.items():
+        source = model.get_submodule(name)
+        if plan.kind == "attention":
+            products = SimulatedProducts(plan)
+            replace_module(model, name, ATTENTION_CLASSES[kinds[name]](source, products))
+        elif isinstance(source, nn.Linear | nn.Conv2d):
+            replace_module(model, name, SimulatedLinear(source, plan))
+    return model.eval()
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Replace simulated layers by integer ones, in place."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, SimulatedLinear | SimulatedProducts):
+            replace_module(model, name, module.freeze())
+    return model.requires_grad_(False)
+
+
+@contextmanager
+def _stopping_at(unit: nn.Module, caught: dict[str, Any], *, after: bool) -> Iterator[None]:
+    def before_hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        caught["args"], caught["kwargs"] = args, kwargs
+        raise _Reached
+
+    def after_hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        caught["output"] = output
+        raise _Reached
+
+    handle = (
+        unit.register_forward_hook(after_hook)
+        if after
+        else unit.register_forward_pre_hook(before_hook, with_kwargs=True)
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def _run_to(model: nn.Module, name: str, images: Tensor, *, after: bool) -> dict[str, Any]:
+    caught: dict[str, Any] = {}
+    with _stopping_at(model.get_submodule(name), caught, after=after):
+        try:
+            model(images)
+        except _Reached:
+            return caught
+    raise AssertionError(f"{name} takes no part in the model's forward pass")
+
+
+def _gather(
+    model: nn.Module, name: str, images: Tensor, *, after: bool, batch_size: int
+) -> tuple[Tensor, dict[str, Any]]:
+    """Input (or output) of a unit for all images, and its other arguments."""
+    parts = [_run_to(model, name, batch, after=after) for batch in images.split(batch_size)]
+    if after:
+        return torch.cat([part["output"] for part in parts]), {}
+    return torch.cat([part["args"][0] for part in parts]), parts[0]["kwargs"]
+
+
+def _relative_error(output: Tensor, target: Tensor) -> float:
+    return float((output - target).square().sum() / target.square().sum().clamp_min(1e-12))
+
+
+@torch.no_grad()
+def _apply(unit: nn.Module, x: Tensor, kwargs: dict[str, Any], batch_size: int) -> Tensor:
+    return torch.cat([unit(batch, **kwargs) for batch in x.split(batch_size)])
+
+
+def _choose_ranges(
+    layers: Sequence[SimulatedLayer], unit: nn.Module, x: Tensor, kwargs: dict[str, Any]
+) -> None:
+    for layer in layers:
+        layer.observing = True
+    with torch.no_grad():
+        unit(x, **kwargs)
+    for layer in layers:
+        layer.observing = False
+        layer.calibrate()
+        layer.enabled = True
+
+
+def _train(
+    unit: nn.Module,
+    layers: Sequence[SimulatedLayer],
+    x: Tensor,
+    kwargs: dict[str, Any],
+    target: Tensor,
+    config: ReconstructionConfig,
+) -> None:
+    trained = [
+        p for layer in layers if isinstance(layer, SimulatedLinear) for p in layer.parameters()
+    ]
+    if not trained or config.steps == 0:
+        return
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.Adam(trained, lr=config.learning_rate)
+    generator = torch.Generator().manual_seed(config.seed)
+    for step in range(config.steps):
+        rate = 0.5 * config.learning_rate * (1.0 + math.cos(math.pi * step / config.steps))
+        optimizer.param_groups[0]["lr"] = rate
+        chosen = torch.randperm(len(x), generator=generator)[: config.batch_size].to(x.device)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=config.bfloat16):
+            output = unit(x[chosen], **kwargs)
+        loss = (output.float() - target[chosen]).square().flatten(1).sum(dim=1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for parameter in trained:
+        parameter.requires_grad_(False)
+
+
+def reconstruct(
+    model: nn.Module,
+    reference: nn.Module,
+    images: Tensor,
+    units: Sequence[str],
+    *,
+    config: ReconstructionConfig,
+    progress: Progress | None = None,
+) -> list[UnitRecord]:
+    """Quantize a simulated model unit by unit, in forward order.
+
+    Args:
+        model: The simulated model, as `simulate` leaves it; changed in place.
+        reference: The float model.
+        images: Calibration images, (N, 3, H, W), normalised.
+        units: Names of the units in forward order.
+        config: Settings.
+        progress: Told about every unit.
+
+    Returns:
+        One record per unit that holds a quantized layer.
+    """
+    records: list[UnitRecord] = []
+    model.requires_grad_(False)
+    for index, name in enumerate(units):
+        unit = model.get_submodule(name)
+        layers = [m for m in unit.modules() if isinstance(m, SimulatedLayer)]
+        if layers:
+            batch = config.batch_size
+            x, kwargs = _gather(model, name, images, after=False, batch_size=batch)
+            target, _ = _gather(reference, name, images, after=True, batch_size=batch)
+            _choose_ranges(layers, unit, x[: 4 * batch], kwargs)
+            before = _relative_error(_apply(unit, x, kwargs, batch), target)
+            _train(unit, layers, x, kwargs, target, config)
+            after = _relative_error(_apply(unit, x, kwargs, batch), target)
+            records.append(UnitRecord(name, before, after))
+        if progress is not None:
+            progress("reconstruct", index + 1, len(units), name)
+    return records
