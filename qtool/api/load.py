@@ -1,0 +1,103 @@
+"""Checkpoints back into models that run on the integer engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qtool.errors import CheckpointError, UsageError
+from qtool.io import checkpoint
+from qtool.models import vision
+from qtool.quant.attention import ATTENTION_CLASSES
+from qtool.quant.layers import IntegerProducts, QuantConv2d, QuantLinear
+from qtool.quant.plan import replace_module
+
+
+def load(
+    path: str | Path, *, device: str | torch.device = "cpu", bits: str | None = None
+) -> nn.Module:
+    """Load a checkpoint as a module that computes with integers.
+
+    Args:
+        path: File written by `qtool quantize`.
+        device: Where the model goes.
+        bits: Bit-width to run at; None takes the active one of the file.
+
+    Returns:
+        The model in evaluation mode, (B, 3, H, W) to (B, classes); its attribute `qtool_config`
+        is the checkpoint's header.
+
+    Raises:
+        CheckpointError: The file is absent, damaged, foreign, hostile or of a newer format.
+        UsageError: The file cannot run at `bits`.
+    """
+    header, tensors = checkpoint.read(Path(path))
+    if bits is not None and bits not in header.bits:
+        raise UsageError(
+            f"{path} cannot run at {bits}", remedy=f"it holds {', '.join(header.bits)}"
+        )
+    model = restore(header, tensors, origin=str(path))
+    model.qtool_config = header  # type: ignore[assignment]
+    return model.to(device).eval()
+
+
+def restore(header: checkpoint.Header, tensors: dict[str, Tensor], *, origin: str) -> nn.Module:
+    """Build the architecture of a header around its tensors.
+
+    Raises:
+        CheckpointError: Header and tensors do not describe one model.
+    """
+    try:
+        model = vision.build(header.architecture, header.model_args, device="meta")
+        kinds = {site.name: site.kind for site in vision.layout(model).attentions}
+        for name, layer in header.layers.items():
+            replace_module(model, name, _module(model, name, layer, tensors, kinds))
+        model.load_state_dict(tensors, strict=True, assign=True)
+        _fill_derived_buffers(model, header)
+    except (UsageError, RuntimeError, AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise CheckpointError(
+            f"{origin} does not fit the architecture it names ({header.architecture}): {reason}",
+            remedy="quantize the model again; the file was changed or written by another version",
+        ) from error
+    return model.requires_grad_(False).eval()
+
+
+def _module(
+    model: nn.Module,
+    name: str,
+    layer: checkpoint.LayerBits,
+    tensors: dict[str, Tensor],
+    kinds: Mapping[str, str],
+) -> nn.Module:
+    """The integer module that takes the place of a float one."""
+    source = model.get_submodule(name)
+    if layer.kind == "attention":
+        products = IntegerProducts(
+            bits=layer.input_bits or 0,
+            probabilities=str(layer.options.get("probabilities", "log2")),
+            device="meta",
+        )
+        return ATTENTION_CLASSES[kinds[name]](source, products)
+    kind = QuantLinear if layer.kind == "linear" else QuantConv2d
+    return kind(
+        tuple(tensors[f"{name}.weight_shape"].tolist()),
+        weight_bits=layer.weight_bits or 0,
+        input_bits=layer.input_bits or 0,
+        bias=f"{name}.bias" in tensors,
+        device="meta",
+    )
+
+
+def _fill_derived_buffers(model: nn.Module, header: checkpoint.Header) -> None:
+    """Recompute what no checkpoint stores: index tables and masks that follow from the shape."""
+    if not any(buffer.is_meta for buffer in model.buffers()):
+        return
+    donor = dict(vision.build(header.architecture, header.model_args).named_buffers())
+    for name, buffer in list(model.named_buffers()):
+        if buffer.is_meta:
+            owner, _, leaf = name.rpartition(".")
+            model.get_submodule(owner).register_buffer(leaf, donor[name], persistent=False)

@@ -1,0 +1,357 @@
+"""`qtool synthesize images`: calibration pictures out of a classifier."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qtool.api.runtime import bfloat16_is_faster, notice, prepare
+from qtool.errors import CheckpointError, Progress, UsageError
+from qtool.io import container, folders, images
+from qtool.io.atomic import sweep, write_file
+from qtool.methods.spdfq.synthesis import Method, SynthesisConfig, SyntheticImages, synthesize
+from qtool.models import registry, vision
+from qtool.report import Picture, Result, Table
+from qtool.settings import SynthesizeSettings
+
+TENSORS = "synthetic.safetensors"
+"""Exact pixels, labels, priors and boxes, in a folder of synthesized pictures."""
+
+SHEET = "contact_sheet.png"
+PICTURES = "images"
+"""Folder of the single pictures, apart from the sheet so that `--calib` can read it."""
+
+STEPS = {"quick": 200, "standard": 1000, "max": 2000}
+"""Optimiser steps per effort; standard is the paper's budget."""
+
+QUICK_PATCHES = 1.0
+"""With quick effort, patches per step as a multiple of the batch (all of them otherwise)."""
+
+_RESUME = ".resume.safetensors"
+_SAVE_SECONDS = 20.0
+
+
+def synthesis_config(
+    *,
+    method: Method,
+    effort: str,
+    model: nn.Module,
+    batch_size: int,
+    seed: int,
+    steps: int | None = None,
+    learning_rate: float | None = None,
+    classes: tuple[int, ...] = (),
+) -> SynthesisConfig:
+    """Turn an effort and its overrides into settings of the method."""
+    windows = any(site.kind == "windows" for site in vision.layout(model).attentions)
+    return SynthesisConfig(
+        method=method,
+        steps=steps or STEPS[effort],
+        learning_rate=learning_rate or (0.25 if windows else 0.2),
+        seed=seed,
+        classes=classes,
+        patches_per_step=round(QUICK_PATCHES * batch_size) if effort == "quick" else None,
+        bfloat16=bfloat16_is_faster(next(model.parameters()).device),
+    )
+
+
+class ResumableSynthesis:
+    """Synthesis that keeps its state in a file, so that a killed run can go on.
+
+    Args:
+        opened: The classifier.
+        config: Settings of the method.
+        count: Number of images.
+        batch_size: Images optimised together.
+        state: File for the state.
+        resume: Whether an existing state is taken up.
+    """
+
+    def __init__(
+        self,
+        opened: vision.OpenedModel,
+        config: SynthesisConfig,
+        *,
+        count: int,
+        batch_size: int,
+        state: Path,
+        resume: bool,
+    ) -> None:
+        self.opened = opened
+        self.config = config
+        self.count = count
+        self.batch_size = batch_size
+        self.state = state
+        self.identity = json.dumps(
+            {
+                "weights": opened.weights_sha256,
+                "count": count,
+                "batch_size": batch_size,
+                **asdict(config),
+            },
+            sort_keys=True,
+        )
+        self._saved_at = time.monotonic()
+        self._states: dict[int, dict[str, Tensor]] = self._read() if resume else {}
+
+    def _read(self) -> dict[int, dict[str, Tensor]]:
+        if not self.state.exists():
+            return {}
+        metadata, tensors = read_tensor_file(self.state)
+        if metadata.get("identity") != self.identity:
+            raise CheckpointError(
+                f"{self.state} was left by a run with other settings",
+                remedy="repeat the settings of that run, or delete the file to start again",
+            )
+        states: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            batch, _, key = name.partition("/")
+            states.setdefault(int(batch), {})[key] = tensor
+        return states
+
+    def _save(self, batch: int, state: dict[str, Tensor]) -> None:
+        self._states[batch] = state
+        finished = int(state["step"]) >= self.config.steps
+        if not finished and time.monotonic() - self._saved_at < _SAVE_SECONDS:
+            return
+        self._saved_at = time.monotonic()
+        tensors = {f"{b}/{k}": t for b, s in self._states.items() for k, t in s.items()}
+        container.write_container(self.state, {"identity": self.identity}, tensors, overwrite=True)
+
+    def run(self, progress: Progress | None) -> SyntheticImages:
+        """Synthesize, saving the state now and then."""
+        data = self.opened.data
+        return synthesize(
+            self.opened.model,
+            vision.layout(self.opened.model),
+            count=self.count,
+            size=data.input_size[1:],
+            num_classes=num_classes(self.opened),
+            mean=data.mean,
+            std=data.std,
+            config=self.config,
+            batch_size=self.batch_size,
+            resume=self._states,
+            checkpoint=self._save,
+            progress=progress,
+        )
+
+    def forget(self) -> None:
+        """Remove the state file: the work is done."""
+        self.state.unlink(missing_ok=True)
+
+
+def num_classes(opened: vision.OpenedModel) -> int:
+    """Width of a classifier's output."""
+    return int(opened.model.num_classes)  # type: ignore[arg-type]
+
+
+def read_tensor_file(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a file written by `write_container`.
+
+    Raises:
+        CheckpointError: The file is absent or damaged.
+    """
+    with container.open_container(path) as file:
+        table = container.read_table(file, path)
+        return dict(table.metadata), container.read_tensors(file, path, table)
+
+
+def denormalised(pixels: Tensor, data: vision.DataConfig) -> Tensor:
+    """Undo a model's normalisation: (N, 3, H, W) to values in 0..1."""
+    mean = torch.tensor(data.mean).view(1, -1, 1, 1)
+    std = torch.tensor(data.std).view(1, -1, 1, 1)
+    return (pixels * std + mean).clamp(0.0, 1.0)
+
+
+def sheet_png(visible: Tensor, *, captions: Sequence[str] = ()) -> bytes:
+    """A contact sheet of pictures (N, 3, H, W) in 0..1, as PNG bytes."""
+    buffer = io.BytesIO()
+    images.contact_sheet(list(visible), captions=captions).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def check_classes(classes: tuple[int, ...], count: int) -> None:
+    """Refuse classes the model does not have.
+
+    Raises:
+        UsageError: A class is out of range.
+    """
+    if classes and max(classes) >= count:
+        raise UsageError(
+            f"class {max(classes)} was asked for, but the model has {count} classes",
+            remedy=f"name classes from 0 to {count - 1}",
+        )
+
+
+def plan_images(settings: SynthesizeSettings) -> Result:
+    """What `synthesize_images` would do; loads no weights."""
+    write = folders.check_output(
+        settings.out,
+        overwrite=settings.overwrite or settings.resume,
+        skip_existing=settings.skip_existing,
+        folder=True,
+    )
+    spec = registry.find(settings.model)
+    steps = 0 if settings.method == "noise" else settings.steps or STEPS[settings.effort]
+    summary = {
+        "model": settings.model,
+        "architecture": spec.architecture if spec else settings.model,
+        "method": settings.method,
+        "count": settings.count,
+        "steps": steps,
+        "output": str(settings.out),
+        "skipped": not write,
+    }
+    return Result("synthesize images", status="planned", summary=summary)
+
+
+def synthesize_images(settings: SynthesizeSettings, progress: Progress | None = None) -> Result:
+    """Synthesize calibration pictures for a classifier and write them to a folder.
+
+    The folder gets one PNG per picture in `images/`, a contact sheet, and `synthetic.safetensors`
+    with the exact pixels, soft labels, attention priors and patch boxes.
+
+    Args:
+        settings: What to make.
+        progress: Told about every step.
+
+    Returns:
+        One item per picture, with the intended classes and whether the model sees one of them.
+
+    Raises:
+        QtoolError: One of its kinds, for wrong settings, missing weights or refused output.
+    """
+    write = folders.check_output(
+        settings.out,
+        overwrite=settings.overwrite or settings.resume,
+        skip_existing=settings.skip_existing,
+        folder=True,
+    )
+    if not write:
+        return Result(
+            "synthesize images", summary={"output": str(settings.out), "status": "skipped"}
+        )
+    device = prepare(settings)
+    opened = vision.open_model(
+        settings.model, weights=settings.weights, offline=settings.offline, device=device
+    )
+    check_classes(settings.class_indices, num_classes(opened))
+    config = synthesis_config(
+        method=settings.method,
+        effort=settings.effort,
+        model=opened.model,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        classes=settings.class_indices,
+    )
+    settings.out.mkdir(parents=True, exist_ok=True)
+    sweep(settings.out)
+    started = time.monotonic()
+    work = ResumableSynthesis(
+        opened,
+        config,
+        count=settings.count,
+        batch_size=settings.batch_size,
+        state=settings.out / _RESUME,
+        resume=settings.resume,
+    )
+    made = work.run(progress)
+    seconds = time.monotonic() - started
+    items, sheet = write_images(settings.out, made, opened, config)
+    work.forget()
+    agreement = float(made.agreement.float().mean())
+    summary: dict[str, Any] = {
+        "model": opened.name,
+        "architecture": opened.architecture,
+        "method": config.method,
+        "count": settings.count,
+        "steps": config.steps if config.method != "noise" else 0,
+        "seed": settings.seed,
+        "agreement": round(agreement, 4),
+        "patch_agreement": _share(made.patch_agreement),
+        "seconds": round(seconds, 1),
+        "output": str(settings.out),
+    }
+    if made.history and "alignment" in made.history[0]:
+        summary["alignment_loss"] = [made.history[i]["alignment"] for i in (0, -1)]
+    if agreement < 0.5 and config.method != "noise":
+        notice.warning(
+            "only %.0f %% of the images are seen as what they should show; more steps may help",
+            100 * agreement,
+        )
+    table = Table("Synthesized pictures", ("figure", "value"), list(summary.items()))
+    return Result(
+        "synthesize images",
+        items=items,
+        summary=summary,
+        tables=(table,),
+        pictures=(Picture("Contact sheet", sheet),),
+    )
+
+
+def _share(flags: Tensor) -> float | None:
+    return round(float(flags.float().mean()), 4) if len(flags) else None
+
+
+def write_images(
+    folder: Path, made: SyntheticImages, opened: vision.OpenedModel, config: SynthesisConfig
+) -> tuple[list[dict[str, Any]], bytes]:
+    """Write PNGs, the contact sheet and the exact tensors of synthesized images.
+
+    Returns:
+        One item per picture, and the contact sheet as PNG bytes.
+    """
+    visible = denormalised(made.images, opened.data)
+    boxes = torch.tensor(
+        [(b.image, b.top, b.left, b.side, b.label) for b in made.boxes], dtype=torch.int64
+    ).view(-1, 5)
+    top = made.labels.argmax(dim=1).tolist()
+    items: list[dict[str, Any]] = []
+    for index, picture in enumerate(visible):
+        path = folder / PICTURES / f"{index:05d}.png"
+        images.save_png(path, picture, overwrite=True)
+        shown = [b.label for b in made.boxes if b.image == index] or [top[index]]
+        items.append(
+            {
+                "path": str(path),
+                "output": str(path),
+                "status": "ok",
+                "classes": shown,
+                "agrees": bool(made.agreement[index]),
+            }
+        )
+    captions = [f"{i['classes'][0]} {'yes' if i['agrees'] else 'no'}" for i in items]
+    sheet = sheet_png(visible, captions=captions)
+    write_file(folder / SHEET, sheet, overwrite=True)
+    tensors = {
+        "images": made.images,
+        "labels": made.labels,
+        "boxes": boxes,
+        "agreement": made.agreement.to(torch.uint8),
+        **{f"prior.{name}": prior for name, prior in made.priors.items()},
+    }
+    metadata = {
+        "format": "pt",
+        "qtool.synthetic": json.dumps(
+            {
+                "architecture": opened.architecture,
+                "weights_sha256": opened.weights_sha256,
+                "data": opened.data.to_dict(),
+                "config": asdict(config),
+            },
+            sort_keys=True,
+        ),
+    }
+    container.write_container(folder / TENSORS, metadata, tensors, overwrite=True)
+    return items, sheet

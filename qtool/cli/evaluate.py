@@ -1,0 +1,72 @@
+"""`qtool eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qtool.cli.options import OUTPUT, add_command, argument, complete_models, option
+from qtool.cli.session import session
+from qtool.settings import EvaluateSettings
+
+
+def evaluate(
+    ctx: typer.Context,
+    target: Annotated[
+        str | None,
+        argument(EvaluateSettings, "target", metavar="TARGET", complete=complete_models),
+    ] = None,
+    data: Annotated[Path | None, option(EvaluateSettings, "data", "--data", metavar="DIR")] = None,
+    baseline: Annotated[
+        str | None,
+        option(
+            EvaluateSettings,
+            "baseline",
+            "--baseline",
+            metavar="TARGET",
+            complete=complete_models,
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None, option(EvaluateSettings, "weights", "--weights", metavar="pretrained|FILE")
+    ] = None,
+    count: Annotated[int | None, option(EvaluateSettings, "count", "--count")] = None,
+    limit: Annotated[int | None, option(EvaluateSettings, "limit", "--limit")] = None,
+    batch_size: Annotated[
+        int | None, option(EvaluateSettings, "batch_size", "--batch-size")
+    ] = None,
+    crop_pct: Annotated[float | None, option(EvaluateSettings, "crop_pct", "--crop-pct")] = None,
+    latency: Annotated[bool | None, option(EvaluateSettings, "latency", "--latency")] = None,
+    minimum: Annotated[
+        list[str] | None, option(EvaluateSettings, "minimum", "--min", metavar="METRIC=VALUE")
+    ] = None,
+    report: Annotated[
+        Path | None,
+        option(EvaluateSettings, "report", "--report", panel=OUTPUT, metavar="FILE"),
+    ] = None,
+) -> int:
+    """Measure a model."""
+    with session(ctx, EvaluateSettings) as run:
+        from qtool.api import evaluate as api
+
+        if run.settings.dry_run:
+            return run.show(api.plan(run.settings))
+        return run.show(api.evaluate(run.settings, progress=run.progress))
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the program."""
+    add_command(
+        app,
+        evaluate,
+        name="eval",
+        settings=EvaluateSettings,
+        summary="Measure accuracy and latency of a model or a checkpoint.",
+        examples=(
+            "qtool eval demo_vit-w4a4.safetensors --baseline demo_vit",
+            "qtool eval vit_b-w4a4.safetensors --data imagenet/val --report report.html",
+            "qtool eval demo_vit --latency --min top1=90",
+        ),
+    )

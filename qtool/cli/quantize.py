@@ -1,0 +1,89 @@
+"""`qtool quantize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qtool.cli.options import OUTPUT, add_command, argument, complete_bits, complete_models, option
+from qtool.cli.session import session
+from qtool.settings import Effort, QuantizeSettings, Recipe
+
+_PICTURES = "Calibration pictures (choose one source)"
+
+
+def quantize(
+    ctx: typer.Context,
+    model: Annotated[
+        str | None,
+        argument(QuantizeSettings, "model", metavar="MODEL", complete=complete_models),
+    ] = None,
+    bits: Annotated[
+        str | None,
+        option(QuantizeSettings, "bits", "--bits", "-b", metavar="wNaN", complete=complete_bits),
+    ] = None,
+    recipe: Annotated[Recipe | None, option(QuantizeSettings, "recipe", "--recipe")] = None,
+    effort: Annotated[Effort | None, option(QuantizeSettings, "effort", "--effort")] = None,
+    steps: Annotated[int | None, option(QuantizeSettings, "steps", "--steps")] = None,
+    keep: Annotated[
+        list[str] | None, option(QuantizeSettings, "keep", "--keep", metavar="GLOB=BITS")
+    ] = None,
+    skip: Annotated[
+        list[str] | None, option(QuantizeSettings, "skip", "--skip", metavar="GLOB")
+    ] = None,
+    weights: Annotated[
+        str | None, option(QuantizeSettings, "weights", "--weights", metavar="pretrained|FILE")
+    ] = None,
+    data_free: Annotated[
+        bool | None, option(QuantizeSettings, "data_free", "--data-free", panel=_PICTURES)
+    ] = None,
+    calib: Annotated[
+        Path | None,
+        option(QuantizeSettings, "calib", "--calib", panel=_PICTURES, metavar="DIR"),
+    ] = None,
+    synthetic: Annotated[
+        Path | None,
+        option(QuantizeSettings, "synthetic", "--synthetic", panel=_PICTURES, metavar="DIR"),
+    ] = None,
+    count: Annotated[
+        int | None, option(QuantizeSettings, "count", "--count", panel=_PICTURES)
+    ] = None,
+    out: Annotated[
+        Path | None,
+        option(QuantizeSettings, "out", "--out", "-o", panel=OUTPUT, metavar="FILE"),
+    ] = None,
+    report: Annotated[
+        Path | None,
+        option(QuantizeSettings, "report", "--report", panel=OUTPUT, metavar="FILE"),
+    ] = None,
+    verify: Annotated[
+        bool | None, option(QuantizeSettings, "verify", "--verify/--no-verify", panel=OUTPUT)
+    ] = None,
+) -> int:
+    """Quantize a model."""
+    with session(ctx, QuantizeSettings) as run:
+        from qtool.api import quantize as api
+
+        if run.settings.dry_run:
+            return run.show(api.plan(run.settings))
+        return run.show(api.quantize(run.settings, progress=run.progress))
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the program."""
+    add_command(
+        app,
+        quantize,
+        name="quantize",
+        settings=QuantizeSettings,
+        summary="Quantize a model to low-bit integers and write one safetensors file.",
+        examples=(
+            "qtool quantize demo_vit --bits w4a4 --data-free",
+            "qtool quantize vit_b -b w4a8 --calib photos/ --keep 'head=8'",
+            "qtool quantize deit_t --synthetic pictures/ --report report.html",
+        ),
+        details="The file holds packed integers, scales and the recipe; nothing else is needed to "
+        "load it.",
+    )

@@ -1,0 +1,136 @@
+"""Fixtures that several rooms share: a device, tiny models, folders of pictures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from PIL import Image
+from torch import nn
+
+# Triton reads this when a kernel is defined, so it must be set before any kernel is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+# The hub's client reads this when it is imported: no test opens a connection.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+settings.register_profile(
+    "qtool", deadline=None, derandomize=True, database=None, max_examples=60, print_blob=True
+)
+settings.load_profile("qtool")
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PICTURES_PER_CLASS = 2
+CLASSES = 3
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The top of the source tree."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real pictures and weights, which lie beside the repository on some machines."""
+    folder = REPOSITORY.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("no real pictures and weights beside the repository")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """No test reads or fills the caches and settings of whoever runs it."""
+    for name in list(os.environ):
+        if name.startswith("QTOOL_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("QTOOL_CACHE", str(tmp_path_factory.getbasetemp() / "qtool-cache"))
+
+
+@pytest.fixture
+def build_model() -> Callable[..., nn.Module]:
+    """Build a timm model with random weights, the same ones every time."""
+
+    def build_seeded(architecture: str, **model_args: object) -> nn.Module:
+        from qtool.models.vision import build
+
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return build(architecture, model_args, device="cpu").eval()
+
+    return build_seeded
+
+
+@pytest.fixture
+def tiny_vit(build_model: Callable[..., nn.Module]) -> nn.Module:
+    """A vision transformer for 32 x 32 pictures: 16 patches, 2 blocks, 2 heads, 10 classes."""
+    return build_model(
+        "vit_tiny_patch16_224",
+        img_size=32,
+        patch_size=8,
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        num_classes=10,
+    )
+
+
+@pytest.fixture
+def tiny_swin(build_model: Callable[..., nn.Module]) -> nn.Module:
+    """A Swin transformer for 32 x 32 pictures: two stages, windows of 4 x 4, 10 classes."""
+    return build_model(
+        "swin_tiny_patch4_window7_224",
+        img_size=32,
+        window_size=4,
+        embed_dim=16,
+        depths=(2, 1),
+        num_heads=(2, 4),
+        num_classes=10,
+    )
+
+
+@pytest.fixture
+def class_folders(tmp_path: Path) -> Path:
+    """Six pictures in folders named 0, 1 and 2."""
+    folder = tmp_path / "classes"
+    for label in range(CLASSES):
+        (folder / str(label)).mkdir(parents=True)
+        for index in range(PICTURES_PER_CLASS):
+            _picture(label, index).save(folder / str(label) / f"{index}.png")
+    return folder
+
+
+@pytest.fixture
+def labelled_folder(tmp_path: Path) -> Path:
+    """Six pictures and a labels.csv with three classes."""
+    folder = tmp_path / "labelled"
+    folder.mkdir()
+    lines = ["file,label"]
+    for label in range(CLASSES):
+        for index in range(PICTURES_PER_CLASS):
+            name = f"{label}_{index}.png"
+            _picture(label, index).save(folder / name)
+            lines.append(f"{name},{label}")
+    (folder / "labels.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def _picture(label: int, index: int) -> Image.Image:
+    """A noisy 40 x 36 picture whose strongest channel is its class."""
+    pixels = np.random.default_rng(10 * label + index).integers(0, 120, (36, 40, 3))
+    pixels[..., label] += 120
+    return Image.fromarray(pixels.astype(np.uint8))

@@ -1,0 +1,72 @@
+"""Bit-widths read from text."""
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qtool.errors import UsageError
+from qtool.quant.bits import ACTIVATION_BITS, WEIGHT_BITS, BitSpec, parse_rule
+
+
+@given(
+    weight=st.sampled_from(WEIGHT_BITS),
+    activation=st.sampled_from(ACTIVATION_BITS),
+    upper=st.booleans(),
+)
+def test_every_width_survives_text(weight, activation, upper):
+    spec = BitSpec(weight, activation)
+    text = str(spec).upper() if upper else str(spec)
+    assert BitSpec.parse(text) == spec
+
+
+@given(st.text(max_size=8))
+def test_any_text_is_a_width_or_a_usage_error(text):
+    if re.fullmatch(r"[wW][2-8][aA]([2-8]|16|32)", text):
+        assert str(BitSpec.parse(text)) == text.lower()
+    else:
+        with pytest.raises(UsageError):
+            BitSpec.parse(text)
+
+
+@pytest.mark.parametrize("text", ["", "4", "w4", "a4", "w1a4", "w9a4", "w4a1", "w4a9", "w4a12"])
+@pytest.mark.parametrize("around", ["{}", " {}", "{}\n", "x{}"])
+def test_wrong_widths_are_refused(text, around):
+    with pytest.raises(UsageError, match="is not a bit-width"):
+        BitSpec.parse(around.format(text))
+
+
+@pytest.mark.parametrize("text", ["any", "ANY", "any:2-8"])
+def test_switchable_checkpoints_are_refused_by_name(text):
+    with pytest.raises(UsageError, match="switchable"):
+        BitSpec.parse(text)
+
+
+@pytest.mark.parametrize(("weight", "activation"), [(1, 4), (9, 4), (4, 12), (16, 16)])
+def test_a_width_outside_the_grammar_cannot_be_made(weight, activation):
+    with pytest.raises(UsageError):
+        BitSpec(weight, activation)
+
+
+def test_floating_point_activations_are_not_integer():
+    assert BitSpec(8, 8).integer
+    assert not BitSpec(8, 16).integer
+
+
+@pytest.mark.parametrize(
+    ("text", "glob", "spec"),
+    [
+        ("head=8", "head", BitSpec(8, 8)),
+        ("blocks.*.mlp.fc1=w4a8", "blocks.*.mlp.fc1", BitSpec(4, 8)),
+        ("a=b=w2a3", "a=b", BitSpec(2, 3)),
+    ],
+)
+def test_rules(text, glob, spec):
+    assert parse_rule(text) == (glob, spec)
+
+
+@pytest.mark.parametrize("text", ["", "head", "=8", "head=", "head=9", "head=w8a16", "head=any"])
+def test_wrong_rules_are_refused(text):
+    with pytest.raises(UsageError):
+        parse_rule(text)

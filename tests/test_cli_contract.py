@@ -1,0 +1,255 @@
+"""What the command line promises, asked of the whole program."""
+
+import json
+import re
+import resource
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from qtool.cli.app import main
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = ["synthesize images", "quantize", "eval", "models", "info"]
+KEYS = ["schema", "command", "status", "items", "summary"]
+
+
+@dataclass
+class Ran:
+    """What one run left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def qtool(capfd, monkeypatch, tmp_path):
+    """Run `qtool WORDS...` in an empty folder, with nothing cached and no network."""
+    for name in ("QTOOL_DEVICE", "QTOOL_BACKEND", "QTOOL_THREADS", "QTOOL_DEBUG", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("QTOOL_OFFLINE", "1")
+    monkeypatch.setenv("QTOOL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "huggingface"))
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str) -> Ran:
+        capfd.readouterr()
+        code = main(words)
+        captured = capfd.readouterr()
+        return Ran(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A labelled folder with three good pictures and one that is none."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for index in range(3):
+        Image.new("RGB", (64, 64), (80 * index, 40, 120)).save(folder / f"{index}.png")
+    (folder / "3.png").write_text("not a picture")
+    rows = "".join(f"{index}.png,0\n" for index in range(4))
+    (folder / "labels.csv").write_text("file,label\n" + rows)
+    return folder
+
+
+def assert_two_lines(ran: Ran) -> None:
+    talk = [line for line in ran.err.splitlines() if line.startswith(("error: ", "hint: "))]
+    assert talk[0].startswith("error: ")
+    assert len(talk) == 2
+    assert "Traceback" not in ran.err
+    assert ran.out == ""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_wrong_flag_is_one_json_object(qtool, command):
+    ran = qtool(*command.split(), "--no-such-flag", "--json")
+    assert ran.code == 2
+    assert list(ran.json) == KEYS
+    assert ran.json["command"] == command
+    assert ran.json["summary"]["exit_code"] == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("quantize vit_bb --data-free", "vit_b"),
+        ("synthesize images vit_bb -o d", "vit_b"),
+        ("eval vit_bb --count 2", "vit_b"),
+        ("quantize demo_vit --data-free --bits w9a9", "w9a9"),
+        ("quantize demo_vit --data-free --bits w4a16", "w4a16"),
+        ("quantize demo_vit --calib nowhere", "nowhere"),
+        ("quantize demo_vit --synthetic nowhere", "nowhere"),
+        ("eval demo_vit --data nowhere", "nowhere"),
+        ("quantize demo_vit", "--data-free"),
+    ],
+)
+def test_wrong_requests_exit_2(qtool, line, said):
+    ran = qtool(*line.split())
+    assert ran.code == 2
+    assert said in ran.err
+    assert_two_lines(ran)
+    again = qtool(*line.split(), "--json")
+    assert again.code == 2
+    assert list(again.json) == KEYS
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\x00" * 4, b"\xff" * 64, (200).to_bytes(8, "little") + b'{"__metadata__":{"qtool.'],
+    ids=["empty", "no length", "endless header", "truncated header"],
+)
+@pytest.mark.parametrize("command", ["info", "eval"])
+def test_damaged_checkpoints_exit_1(qtool, tmp_path, command, content):
+    (tmp_path / "damaged-w4a4.safetensors").write_bytes(content)
+    ran = qtool(command, "damaged-w4a4.safetensors")
+    assert ran.code == 1
+    assert "damaged-w4a4.safetensors" in ran.err
+    assert ran.out == ""
+
+
+def test_a_picture_that_is_none_exits_3_and_the_rest_counts(qtool, pictures):
+    ran = qtool("eval", "demo_vit", "--data", str(pictures), "--device", "cpu", "--json")
+    assert ran.code == 3
+    assert ran.json["status"] == "partial"
+    failed = [item for item in ran.json["items"] if item.get("status") == "failed"]
+    assert [Path(item["path"]).name for item in failed] == ["3.png"]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder nobody can write")
+def test_no_permission_exits_1_before_work_starts(qtool):
+    ran = qtool("quantize", "demo_vit", "--data-free", "-o", "/proc/qtool-w4a4.safetensors")
+    assert ran.code == 1
+    assert "/proc" in ran.err
+    assert_two_lines(ran)
+
+
+def test_existing_output_exits_2_naming_both_ways_on(qtool, tmp_path):
+    (tmp_path / "out.safetensors").write_bytes(b"mine")
+    ran = qtool("quantize", "demo_vit", "--data-free", "-o", "out.safetensors")
+    assert ran.code == 2
+    assert "--overwrite" in ran.err
+    assert "--skip-existing" in ran.err
+    assert_two_lines(ran)
+    assert (tmp_path / "out.safetensors").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["quantize vit_b --data-free", "synthesize images vit_b -o d", "eval vit_b --data pictures"],
+)
+def test_absent_weights_exit_4_with_size_and_licence(qtool, pictures, line):
+    ran = qtool(*line.split(), "--device", "cpu")
+    assert ran.code == 4
+    assert re.search(r"\d+ MB", ran.err)
+    assert_two_lines(ran)
+
+
+def test_cuda_without_cuda_exits_4(qtool):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    ran = qtool("eval", "demo_vit", "--count", "2", "--device", "cuda")
+    assert ran.code == 4
+    assert_two_lines(ran)
+
+
+def test_auto_says_which_device_it_took(qtool):
+    ran = qtool("eval", "demo_vit", "--count", "8")
+    assert ran.code == 0
+    assert re.search(r"^device: (cpu|cuda)", ran.err, re.MULTILINE)
+    assert "device:" not in qtool("eval", "demo_vit", "--count", "8", "-q").err
+
+
+def test_a_missed_gate_exits_5_and_still_shows_the_result(qtool):
+    ran = qtool("eval", "demo_vit", "--count", "8", "--device", "cpu", "--min", "top1=101")
+    assert ran.code == 5
+    assert "top1" in ran.out
+    assert "101" in ran.err
+    content = qtool(
+        "eval", "demo_vit", "--count", "8", "--device", "cpu", "--min", "top1=101", "--json"
+    ).json
+    assert list(content) == KEYS
+    assert content["summary"]["exit_code"] == 5
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "quantize demo_vit --data-free",
+        "synthesize images demo_vit -o d",
+        "eval demo_vit --count 8",
+        "models",
+    ],
+)
+def test_a_dry_run_is_planned_and_writes_nothing(qtool, tmp_path, line):
+    before = set(tmp_path.rglob("*"))
+    ran = qtool(*line.split(), "-n", "--json")
+    assert ran.code == 0
+    assert ran.json["status"] == "planned"
+    assert ran.json["command"] == " ".join(line.split()[: 2 if "images" in line else 1])
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_models_lists_every_alias(qtool):
+    from qtool.models.registry import MODELS
+
+    ran = qtool("models")
+    assert ran.code == 0
+    assert all(spec.alias in ran.out for spec in MODELS)
+    names = qtool("models", "swin*").out
+    assert "swin_t" in names
+    assert "vit_b" not in names
+
+
+TORCH_FREE = """
+import sys
+from qtool.cli.app import main
+for words in [["--help"], ["--version"], ["synthesize", "images", "-h"], ["quantize", "-h"],
+              ["eval", "-h"], ["models", "-h"], ["info", "-h"], ["quantize", "--bits", "x", "m"],
+              ["quantize", "m", "--data-free", "--dump-config"]]:
+    main(words)
+import os
+os.environ["_QTOOL_COMPLETE"] = "complete_bash"
+os.environ["COMP_WORDS"] = "qtool quantize vit"
+os.environ["COMP_CWORD"] = "2"
+main([])
+heavy = {"torch", "timm", "torchvision", "numpy", "PIL", "safetensors"} & set(sys.modules)
+sys.exit(f"imported: {heavy}" if heavy else 0)
+"""
+
+
+def test_help_version_and_completion_import_no_torch():
+    ran = subprocess.run(
+        [sys.executable, "-c", TORCH_FREE], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "vit_b" in ran.stdout
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["quantize", "--help"]])
+def test_start_up_takes_less_than_half_a_second(words):
+    """Processor time, the best of three, so that a busy machine does not count."""
+    taken = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(
+            [sys.executable, "-m", "qtool", *words],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            check=True,
+        )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        taken.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+    assert min(taken) < 0.5
