@@ -135,6 +135,7 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
             seed=settings.seed,
             bfloat16=bfloat16_is_faster(device),
         ),
+        norms=vision.layout(opened.model).norms,
         progress=progress,
     )
     sample = pixels[:_BATCH]

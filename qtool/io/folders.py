@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import os
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from qtool.errors import UsageError
+from qtool.errors import QtoolError, UsageError
 from qtool.io.atomic import output_exists
 
 IMAGE_SUFFIXES = frozenset(
@@ -93,7 +94,7 @@ def check_output(
 ) -> bool:
     """Decide before any work whether an output is to be written, and whether it can be.
 
-    Nothing is made or changed on disk.
+    Nothing stays behind on disk.
 
     Args:
         path: The output.
@@ -106,8 +107,8 @@ def check_output(
 
     Raises:
         OutputExistsError: It exists and neither flag is given.
-        UsageError: A file stands where a folder is needed or the other way round, or the place
-            cannot be written to.
+        UsageError: A file stands where a folder is needed or the other way round.
+        QtoolError: The place cannot be written to.
     """
     if path.exists() and path.is_dir() != folder:
         wanted, found = ("folder", "file") if folder else ("file", "folder")
@@ -140,11 +141,15 @@ def _require_writable(place: Path, path: Path) -> None:
         raise UsageError(
             f"{path} cannot be written: {place} is not a folder", remedy="choose another place"
         )
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise UsageError(
-            f"{path} cannot be written: no permission for {place}",
+    # Only a trial tells: permissions say nothing about read-only or special file systems.
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise QtoolError(
+            f"{path} cannot be written: {error.strerror} for {place}",
             remedy="choose a place you may write to",
-        )
+        ) from error
 
 
 def _is_hidden(path: Path) -> bool:

@@ -15,6 +15,7 @@ from qtool.errors import UsageError
 
 _ATTENTION_PARTS = ("qkv", "proj", "attn_drop", "fused_attn", "num_heads")
 _EXTRAS = ("backbone", "attn_pool", "gate")
+_NORM_FEEDS = (("norm1", "attn.qkv"), ("norm2", "mlp.fc1"), ("norm", "reduction"))
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Layout:
         class_token: Whether the prediction is read from a class token.
         prefix_tokens: Tokens before the patch tokens: class, distillation and register tokens.
         grid: Height and width of the patch grid after the patch embedding.
+        norms: Pairs of a LayerNorm and the only linear layer that reads its output.
     """
 
     attentions: tuple[AttentionSite, ...]
@@ -56,6 +58,7 @@ class Layout:
     class_token: bool
     prefix_tokens: int
     grid: tuple[int, int]
+    norms: tuple[tuple[str, str], ...] = ()
 
 
 def layout(model: nn.Module) -> Layout:
@@ -112,6 +115,7 @@ def _tokens(model: nn.Module) -> Layout | None:
         and getattr(model, "global_pool", "") == "token",
         prefix_tokens=int(getattr(model, "num_prefix_tokens", 0)),
         grid=grid,
+        norms=_norms(model, units),
     )
 
 
@@ -131,7 +135,28 @@ def _windows(model: nn.Module) -> Layout | None:
                 AttentionSite(f"{units[-1]}.attn", "windows", attention.num_heads, (height, width))
             )
     units += [name for name in ("head.fc",) if _has_weight(model, name)]
-    return Layout(tuple(sites), tuple(units), class_token=False, prefix_tokens=0, grid=_grid(model))
+    return Layout(
+        attentions=tuple(sites),
+        units=tuple(units),
+        class_token=False,
+        prefix_tokens=0,
+        grid=_grid(model),
+        norms=_norms(model, units),
+    )
+
+
+def _norms(model: nn.Module, units: list[str]) -> tuple[tuple[str, str], ...]:
+    """Find the LayerNorms whose output goes to one linear layer and nowhere else."""
+    modules = dict(model.named_modules())
+    pairs = [
+        (f"{unit}.{norm}", f"{unit}.{linear}") for unit in units for norm, linear in _NORM_FEEDS
+    ]
+    return tuple(
+        (norm, linear)
+        for norm, linear in pairs
+        if isinstance(modules.get(norm), nn.LayerNorm)
+        and isinstance(modules.get(linear), nn.Linear)
+    )
 
 
 def _grid(model: nn.Module) -> tuple[int, int]:

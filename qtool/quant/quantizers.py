@@ -15,46 +15,46 @@ from torch import Tensor
 _PERCENTILES = (1.0, 0.99999, 0.9999, 0.999)
 _SHRINK_STEPS = 20
 _SHRINK_FLOOR = 0.4
+_ACTIVATION_FLOOR = 0.1
 _SAMPLE = 65_536
 _LOG2_CANDIDATES = (1.0, 0.9999, 0.999, 0.99, 0.97, 0.95)
-_SQRT_HALF = 0.70710678
+_SQRT_HALF_CARRY = 0x800000 - 0x3504F4
 
 
-class _Round(torch.autograd.Function):
-    """Round half to even; the gradient passes as if nothing had happened."""
-
-    @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:
-        return torch.round(x)
+class _UniformLevels(torch.autograd.Function):
+    """Snap to integers less the zero point; the gradient passes inside the range of codes."""
 
     @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> Tensor:
-        return gradient
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:  # noqa: ANN401
+        codes = (x / scale).round_().add_(zero)
+        inside = (codes >= 0) & (codes <= top)
+        ctx.save_for_backward(inside, scale)
+        levels: Tensor = codes.clamp_(0, top).sub_(zero)
+        return levels
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN401
+        inside, scale = ctx.saved_tensors
+        return (gradient * inside).div_(scale), None, None, None
 
 
 class _Log2Value(torch.autograd.Function):
     """Snap to scale-free powers of two; the gradient passes where the value is not cut to zero."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, ratio: Tensor, bits: int) -> Tensor:
-        mantissa, exponent = torch.frexp(ratio)
-        code = (mantissa <= _SQRT_HALF).int() - exponent
-        value: Tensor = torch.exp2(-code.clamp_min(0).float())
-        kept = (mantissa > 0) & (code < min(2**bits - 1, 127))
+    def forward(ctx: Any, ratio: Tensor, bits: int) -> Tensor:  # noqa: ANN401
+        # The code is the exponent field of the ratio, with a carry above sqrt(1/2), up to sign.
+        field = (ratio.view(torch.int32) + _SQRT_HALF_CARRY) >> 23
+        code = (127 - field).clamp_(min=0)
+        kept = (ratio > 0) & (code < min(2**bits - 1, 127))
         ctx.save_for_backward(kept)
-        snapped: Tensor = value * kept
+        snapped: Tensor = (127 - code).mul_(kept).bitwise_left_shift_(23).view(torch.float32)
         return snapped
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
         (kept,) = ctx.saved_tensors
         return gradient * kept, None
-
-
-def straight_through_round(x: Tensor) -> Tensor:
-    """Round half to even with the identity as gradient (straight-through estimator)."""
-    rounded: Tensor = _Round.apply(x)
-    return rounded
 
 
 def uniform_levels(x: Tensor, scale: Tensor, zero_point: Tensor, *, bits: int) -> Tensor:
@@ -69,9 +69,8 @@ def uniform_levels(x: Tensor, scale: Tensor, zero_point: Tensor, *, bits: int) -
     Returns:
         `clamp(round(x / scale) + z, 0, 2^b - 1) - z`; straight-through gradient inside the range.
     """
-    zero = zero_point.to(x.dtype)
-    codes = (straight_through_round(x / scale) + zero).clamp(0, 2**bits - 1)
-    return codes - zero
+    levels: Tensor = _UniformLevels.apply(x, scale, zero_point.to(x.dtype), 2**bits - 1)
+    return levels
 
 
 def log2_levels(x: Tensor, scale: Tensor, *, bits: int) -> Tensor:
@@ -119,43 +118,72 @@ def _sampled(x: Tensor) -> Tensor:
     return flat[:: flat.numel() // _SAMPLE + 1]
 
 
-def search_activation_range(x: Tensor, *, bits: int) -> tuple[Tensor, Tensor]:
-    """Per-tensor range of least squared error, from percentiles and a common shrink.
+def _sampled_rows(x: Tensor) -> Tensor:
+    rows = x.detach().float().reshape(-1, x.shape[-1])
+    wanted = max(64, 4 * _SAMPLE // x.shape[-1])
+    return rows if len(rows) <= wanted else rows[:: len(rows) // wanted + 1]
+
+
+def _range_candidates(values: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Ranges worth trying: percentiles, and the full range shrunk on either side or both."""
+    ordered = values.sort().values
+    last = len(ordered) - 1
+    candidates = [
+        (ordered[round((1.0 - percentile) * last)], ordered[round(percentile * last)])
+        for percentile in _PERCENTILES
+    ]
+    low, high = ordered[0], ordered[last]
+    for step in range(1, _SHRINK_STEPS):
+        factor = 1.0 - (1.0 - _ACTIVATION_FLOOR) * step / _SHRINK_STEPS
+        candidates += [
+            (low * factor, high * factor),
+            (low, high * factor),
+            (low * factor, high),
+        ]
+    return candidates
+
+
+def search_activation_range(
+    x: Tensor, *, bits: int, weight: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Per-tensor range of least squared error, from percentiles and shrunk ranges.
+
+    With a weight, the error is that of the product `x @ weight.T`: what a channel's error costs
+    depends on what the layer makes of the channel.
 
     Args:
-        x: Calibration values, any shape; a strided sample of 65,536 is used.
+        x: Calibration values (..., K); a strided sample of them is used.
         bits: Width of the code.
+        weight: The layer's weight (N, K), or None for the plain error of `x`.
 
     Returns:
         Scale and zero point, one element each, shape (1,).
 
-    Reference: percentile search of RepQ-ViT (arXiv 2212.08254), refined by shrinking.
+    Reference: percentile search of RepQ-ViT (arXiv 2212.08254); output error as in PTQ4ViT
+    (arXiv 2111.12293).
     """
-    values = _sampled(x)
-    ordered = values.sort().values
-    last = len(ordered) - 1
-    candidates = []
-    for percentile in _PERCENTILES:
-        low, high = ordered[round((1.0 - percentile) * last)], ordered[round(percentile * last)]
-        candidates.append((low, high))
-    low, high = ordered[0], ordered[last]
-    for step in range(1, _SHRINK_STEPS):
-        for floor in (_SHRINK_FLOOR, 0.1):
-            factor = 1.0 - (1.0 - floor) * step / _SHRINK_STEPS
-            candidates.append((low * factor, high * factor))
-            candidates.append((low, high * factor))
-            candidates.append((low * factor, high))
+    values = _sampled(x) if weight is None else _sampled_rows(x)
+    if weight is not None and len(weight) > weight.shape[1]:
+        # A square root of W^T W measures the same error with fewer columns.
+        weight = torch.linalg.cholesky_ex(_regularised_gram(weight.detach())).L.T
     best: tuple[float, Tensor, Tensor] | None = None
-    for low, high in candidates:
+    for low, high in _range_candidates(_sampled(x)):
         scale, zero = uniform_parameters(low.view(1), high.view(1), bits=bits)
-        error = float(
-            (uniform_levels(values, scale, zero, bits=bits) * scale - values).square().mean()
-        )
+        difference = uniform_levels(values, scale, zero, bits=bits).mul_(scale).sub_(values)
+        if weight is not None:
+            difference = difference @ weight.detach().T
+        error = float(difference.square().mean())
         if best is None or error < best[0]:
             best = (error, scale, zero)
     if best is None:
         raise AssertionError("there is always a candidate")
     return best[1], best[2]
+
+
+def _regularised_gram(weight: Tensor) -> Tensor:
+    gram = weight.float().T @ weight.float()
+    gram.diagonal().add_(1e-4 * gram.diagonal().mean().clamp_min(1e-12))
+    return gram
 
 
 def search_weight_range(weight: Tensor, *, bits: int) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qtool.quant import quantizers
 from qtool.quant.layers import IntegerProducts, QuantConv2d, QuantLinear, to_patches
 from qtool.quant.plan import LayerPlan
+from qtool.quant.reparametrisation import fold_into_norm
 
 
 class SimulatedLayer(nn.Module):
@@ -55,11 +56,12 @@ class SimulatedLinear(SimulatedLayer):
         weight = source.weight.detach().flatten(1).clone()
         self.weight = nn.Parameter(weight)
         self.bias = None if source.bias is None else nn.Parameter(source.bias.detach().clone())
-        scale, zero = quantizers.search_weight_range(weight, bits=plan.weight_bits)
-        self.register_buffer("weight_scale", scale)
-        self.register_buffer("weight_zero_point", zero)
+        rows = len(weight)
+        self.register_buffer("weight_scale", weight.new_ones(rows))
+        self.register_buffer("weight_zero_point", weight.new_zeros(rows, dtype=torch.int32))
         self.register_buffer("input_scale", weight.new_ones(1))
-        self.register_buffer("input_zero_point", zero.new_zeros(1))
+        self.register_buffer("input_zero_point", weight.new_zeros(1, dtype=torch.int32))
+        self._choose_weight_range()
 
     weight_scale: Tensor
     weight_zero_point: Tensor
@@ -93,10 +95,34 @@ class SimulatedLinear(SimulatedLayer):
             y = y.transpose(1, 2).unflatten(2, (size[0] // self.patch[0], size[1] // self.patch[1]))
         return y
 
+    def absorb(self, norm: nn.LayerNorm) -> float:
+        """Even the channel ranges of the LayerNorm that feeds this layer, from what was seen.
+
+        Returns:
+            The exponent that `reparametrisation.fold_into_norm` took.
+        """
+        if self.bias is None:
+            self.bias = nn.Parameter(self.weight.new_zeros(len(self.weight)))
+        exponent = fold_into_norm(
+            norm,
+            self.weight,
+            self.bias,
+            self.seen["input"],
+            weight_bits=self.plan.weight_bits,
+            input_bits=self.plan.input_bits,
+        )
+        self._choose_weight_range()
+        return exponent
+
+    def _choose_weight_range(self) -> None:
+        scale, zero = quantizers.search_weight_range(self.weight, bits=self.plan.weight_bits)
+        self.weight_scale.copy_(scale)
+        self.weight_zero_point.copy_(zero)
+
     def calibrate(self) -> None:
-        """Choose the input's range by least squared error."""
+        """Choose the input's range by least squared error of the output."""
         scale, zero = quantizers.search_activation_range(
-            self.seen["input"], bits=self.plan.input_bits
+            self.seen["input"], bits=self.plan.input_bits, weight=self.weight
         )
         self.input_scale.copy_(scale)
         self.input_zero_point.copy_(zero)

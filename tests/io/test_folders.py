@@ -1,10 +1,11 @@
 from __future__ import annotations
 
-import os
+import errno
+import tempfile
 
 import pytest
 
-from qtool.errors import OutputExistsError, UsageError
+from qtool.errors import OutputExistsError, QtoolError, UsageError
 from qtool.io.folders import check_output, find_images, read_labelled
 
 
@@ -180,6 +181,10 @@ def test_output_of_the_wrong_kind(tmp_path):
 
 
 def test_output_in_a_place_without_permission(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda *_args: False)
-    with pytest.raises(UsageError, match="no permission"):
+    def refuse(**_options):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(QtoolError, match="Permission denied") as caught:
         check_output(tmp_path / "deep" / "file.bin")
+    assert caught.value.exit_code == 1

@@ -78,7 +78,8 @@ def simulate(
     for name, plan in plans.items():
         source = model.get_submodule(name)
         if plan.kind == "attention":
-            products = SimulatedProducts(plan)
+            device = next(source.parameters()).device
+            products = SimulatedProducts(plan).to(device)
             replace_module(model, name, ATTENTION_CLASSES[kinds[name]](source, products))
         elif isinstance(source, nn.Linear | nn.Conv2d):
             replace_module(model, name, SimulatedLinear(source, plan))
@@ -144,17 +145,45 @@ def _apply(unit: nn.Module, x: Tensor, kwargs: dict[str, Any], batch_size: int) 
     return torch.cat([unit(batch, **kwargs) for batch in x.split(batch_size)])
 
 
-def _choose_ranges(
+@torch.no_grad()
+def _observe(
     layers: Sequence[SimulatedLayer], unit: nn.Module, x: Tensor, kwargs: dict[str, Any]
 ) -> None:
     for layer in layers:
         layer.observing = True
-    with torch.no_grad():
-        unit(x, **kwargs)
+    unit(x, **kwargs)
     for layer in layers:
         layer.observing = False
+
+
+def _choose_ranges(
+    layers: Sequence[SimulatedLayer],
+    unit: nn.Module,
+    x: Tensor,
+    kwargs: dict[str, Any],
+    feeds: Sequence[tuple[nn.LayerNorm, SimulatedLinear]],
+) -> None:
+    _observe(layers, unit, x, kwargs)
+    if feeds:
+        for norm, linear in feeds:
+            linear.absorb(norm)
+        _observe(layers, unit, x, kwargs)
+    for layer in layers:
         layer.calibrate()
         layer.enabled = True
+
+
+def _feeds_within(
+    model: nn.Module, unit: str, norms: Sequence[tuple[str, str]]
+) -> list[tuple[nn.LayerNorm, SimulatedLinear]]:
+    """The pairs of one unit, as modules; layers that stay in float are left out."""
+    found = []
+    for norm_name, linear_name in norms:
+        if norm_name.startswith(f"{unit}."):
+            norm, linear = model.get_submodule(norm_name), model.get_submodule(linear_name)
+            if isinstance(norm, nn.LayerNorm) and isinstance(linear, SimulatedLinear):
+                found.append((norm, linear))
+    return found
 
 
 def _train(
@@ -195,6 +224,7 @@ def reconstruct(
     units: Sequence[str],
     *,
     config: ReconstructionConfig,
+    norms: Sequence[tuple[str, str]] = (),
     progress: Progress | None = None,
 ) -> list[UnitRecord]:
     """Quantize a simulated model unit by unit, in forward order.
@@ -205,6 +235,7 @@ def reconstruct(
         images: Calibration images, (N, 3, H, W), normalised.
         units: Names of the units in forward order.
         config: Settings.
+        norms: Pairs of a LayerNorm and the linear layer it feeds, to be reparametrised.
         progress: Told about every unit.
 
     Returns:
@@ -219,7 +250,8 @@ def reconstruct(
             batch = config.batch_size
             x, kwargs = _gather(model, name, images, after=False, batch_size=batch)
             target, _ = _gather(reference, name, images, after=True, batch_size=batch)
-            _choose_ranges(layers, unit, x[: 4 * batch], kwargs)
+            feeds = _feeds_within(model, name, norms)
+            _choose_ranges(layers, unit, x[: 4 * batch], kwargs, feeds)
             before = _relative_error(_apply(unit, x, kwargs, batch), target)
             _train(unit, layers, x, kwargs, target, config)
             after = _relative_error(_apply(unit, x, kwargs, batch), target)

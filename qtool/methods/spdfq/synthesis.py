@@ -167,7 +167,7 @@ class BatchSynthesizer:
         self.step_index = 0
         self.alignment_weight = config.alignment_weight
         self.history: list[dict[str, float]] = []
-        self._generator = torch.Generator().manual_seed(config.seed * _SEED_STRIDE + batch)
+        self._generator = _seeded(config.seed * _SEED_STRIDE + batch)
         noise = torch.randn((count, 3, *size), generator=self._generator)
         self.pixels = noise.to(self.device).requires_grad_(True)
         channel = (1, -1, 1, 1)
@@ -292,8 +292,7 @@ class BatchSynthesizer:
             self.priors.append(drawn.view(rows.shape).to(self.device))
 
     def _prior_generator(self) -> torch.Generator:
-        seed = int(self._generator.initial_seed()) * 64 + len(self.priors)
-        return torch.Generator().manual_seed(seed)
+        return _seeded(int(self._generator.initial_seed()) * 64 + len(self.priors))
 
     def _spdfq_terms(self, images: Tensor) -> dict[str, Tensor]:
         drawn = self._drawn_boxes()
@@ -395,6 +394,11 @@ class BatchSynthesizer:
             ),
             history=list(self.history),
         )
+
+
+def _seeded(seed: int) -> torch.Generator:
+    """A generator for any whole number; torch takes 63 bits."""
+    return torch.Generator().manual_seed(seed % 2**63)
 
 
 def _level(reference: Tensor, term: Tensor) -> float:
