@@ -220,9 +220,9 @@ def _batches(settings: EvaluateSettings, target: Target) -> tuple[Iterator[_Batc
         num_classes=int(getattr(target.model, "num_classes", 0)),
         wnids=vision.imagenet_wnids() if target.labels_kind == "imagenet" else (),
     )
-    # Every k-th picture, so that a part is as balanced as the whole.
-    stride = max(1, len(files) // settings.limit) if settings.limit else 1
-    files = files[::stride][: settings.limit]
+    # Spread evenly, so that a part is as balanced as the whole.
+    wanted = min(settings.limit or len(files), len(files))
+    files = [files[index * len(files) // wanted] for index in range(wanted)]
     loader: DataLoader[Any] = DataLoader(
         _Pictures(files, target.data, settings.crop_pct),
         batch_size=settings.batch_size,

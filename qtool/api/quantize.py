@@ -121,6 +121,7 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
     )
     work, facts = _calibration_images(settings, opened, progress)
     pixels = facts.pop("pixels").to(device)
+    facts["count"] = len(pixels)
     synthesized = time.monotonic()
 
     model = simulate(copy.deepcopy(opened.model), plans, sites)
@@ -304,7 +305,7 @@ def _header(
             "recipe": settings.recipe,
             "effort": settings.effort,
             "seed": settings.seed,
-            "count": settings.count,
+            "count": facts["count"],
             "source": opened.name,
             "weights_source": opened.weights_source,
             "weights_sha256": opened.weights_sha256,

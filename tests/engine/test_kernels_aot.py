@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed here")
 
+pytestmark = pytest.mark.timeout(600)
 CAPABILITIES = (80, 90, 100)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
@@ -34,7 +35,6 @@ def records(repository):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.timeout(600)
 def test_every_kernel_file_compiles_for_every_capability(records, repository):
     files = {path.stem for path in (repository / "qtool/engine/kernels").glob("[!_]*.py")}
     compiled = {(record["kernel"].split()[0], record["capability"]) for record in records}

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _BANDWIDTH = 0.01
+_REACH = 5.0
 _GRID_POINTS = 10
 _DENSITY_FLOOR = 1e-4
 
@@ -100,9 +101,13 @@ def patch_similarity_entropy(tokens: Tensor) -> Tensor:
     points = low + spacing * torch.arange(_GRID_POINTS, device=tokens.device)
     below = ((similarity.detach() - low) / spacing).floor().long().clamp(0, _GRID_POINTS - 2)
     density = similarity.new_zeros(similarity.shape[0], _GRID_POINTS)
-    for index in (below, below + 1):
+    reach = min(_GRID_POINTS - 1, math.ceil(_REACH * _BANDWIDTH / float(spacing)))
+    for offset in range(1 - reach, reach + 1):
+        index = below + offset
+        there = (index >= 0) & (index < _GRID_POINTS)
+        index = index.clamp(0, _GRID_POINTS - 1)
         kernel = torch.exp(-((similarity - points[index]) ** 2) / (2.0 * _BANDWIDTH**2))
-        density = density.scatter_add(1, index, kernel)
+        density = density.scatter_add(1, index, kernel * there)
     density = density / (similarity.shape[1] * _BANDWIDTH * math.sqrt(2.0 * math.pi))
     density = density + _DENSITY_FLOOR
     return torch.trapezoid(-density * density.log(), points.expand_as(density), dim=1).mean()

@@ -211,12 +211,22 @@ class BatchSynthesizer:
             "step": torch.tensor(self.step_index),
             "alignment_weight": torch.tensor(weight, dtype=torch.float64),
             "generator": self._generator.get_state(),
+            "history": torch.tensor(
+                [list(record.values()) for record in self.history], dtype=torch.float64
+            ),
+            **{f"prior.{index}": prior.cpu() for index, prior in enumerate(self.priors)},
             **{
                 f"adam.{name}": value.detach().cpu().clone()
                 for name, value in moments.items()
                 if isinstance(value, Tensor)
             },
         }
+
+    def _terms(self) -> tuple[str, ...]:
+        """Keys of a record, in order."""
+        own = "alignment" if self.config.method == "spdfq" else "entropy"
+        pair = (own, "classification")
+        return (*pair, "step", "variation")
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Go on from `state`; priors, boxes and labels follow from the seed.
@@ -235,6 +245,11 @@ class BatchSynthesizer:
         weight = float(state["alignment_weight"])
         self.alignment_weight = None if weight < 0 else weight
         self._generator.set_state(state["generator"])
+        self.history = [
+            dict(zip(self._terms(), row, strict=True)) for row in state["history"].tolist()
+        ]
+        priors = [name for name in state if name.startswith("prior.")]
+        self.priors = [state[f"prior.{index}"].to(self.device) for index in range(len(priors))]
         moments = {k.removeprefix("adam."): v for k, v in state.items() if k.startswith("adam.")}
         if moments:
             self.optimizer.state[self.pixels] = {

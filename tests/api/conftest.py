@@ -1,0 +1,93 @@
+"""What the tests of the use cases share: tiny weights on disk, and checkpoints made from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from qtool.api import quantize as quantize_api
+from qtool.api import synthesize as synthesize_api
+from qtool.engine import dispatch
+from qtool.models import vision
+from qtool.report import Result
+from qtool.settings import QuantizeSettings
+
+DEMO = {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2}
+SWIN = {
+    "img_size": 32,
+    "window_size": 4,
+    "embed_dim": 16,
+    "depths": [2, 1],
+    "num_heads": [2, 4],
+    "num_classes": 10,
+}
+DATA = vision.DataConfig((3, 32, 32), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bicubic", 0.9)
+
+
+@pytest.fixture(autouse=True)
+def _quiet_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each test works in a folder of its own, on the CPU, with few steps, and undoes settings."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dispatch, "_default", None)
+    monkeypatch.setenv("QTOOL_BACKEND", "auto")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for effort in ("quick", "standard", "max"):
+        monkeypatch.setitem(synthesize_api.STEPS, effort, 4)
+        monkeypatch.setitem(quantize_api.RECONSTRUCTION_STEPS, effort, 1)
+
+
+@pytest.fixture
+def save_weights(tmp_path: Path) -> Callable[..., str]:
+    """Write the random weights of a small model to a file that says what it is."""
+
+    def save(architecture: str, model_args: dict[str, object], *, seed: int = 0) -> str:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = vision.build(architecture, model_args)
+        state = {
+            # Random weights of timm are so small that every picture looks the same.
+            name: tensor * 4 if tensor.ndim > 1 else tensor
+            for name, tensor in model.state_dict().items()
+        }
+        metadata = {
+            "architecture": architecture,
+            "model_args": json.dumps(model_args),
+            "data": json.dumps(DATA.to_dict()),
+        }
+        path = tmp_path / f"{architecture}-{seed}.safetensors"
+        save_file(state, path, metadata)
+        return str(path)
+
+    return save
+
+
+@pytest.fixture
+def demo(save_weights: Callable[..., str]) -> str:
+    """A tiny model for drawn pictures: 24 classes, 32 x 32 pixels, two blocks."""
+    return save_weights("demo_vit", DEMO)
+
+
+@pytest.fixture
+def swin(save_weights: Callable[..., str]) -> str:
+    """A tiny Swin transformer with shifted windows: 10 classes."""
+    return save_weights("swin_tiny_patch4_window7_224", SWIN)
+
+
+@pytest.fixture
+def quantize(class_folders: Path) -> Callable[..., Result]:
+    """Quantize with the pictures of `class_folders`, unless another source is named."""
+
+    def run(model: str, *, progress: object = None, **options: object) -> Result:
+        if not {"data_free", "synthetic", "calib"} & set(options):
+            options["calib"] = class_folders
+        settings = QuantizeSettings.build(
+            {"model": model, "count": 6, "effort": "quick", "device": "cpu", **options}
+        )
+        return quantize_api.quantize(settings, progress)
+
+    return run

@@ -1,0 +1,345 @@
+"""From float weights to one file: sources of pictures, rules, refusals, interruptions."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from qtool.api import quantize as api
+from qtool.api import synthesize as synthesize_api
+from qtool.api.load import load
+from qtool.errors import (
+    CheckpointError,
+    ImageError,
+    OutputExistsError,
+    QtoolError,
+    UsageError,
+)
+from qtool.io import checkpoint
+from qtool.io.cache import sha256_file
+from qtool.methods.spdfq import synthesis
+from qtool.models import vision
+from qtool.settings import QuantizeSettings, SynthesizeSettings
+
+OUT = Path("q.safetensors")
+STATE = Path(".q.safetensors.resume")
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(vision, "open_model", refuse)
+
+
+def planned(**options):
+    return api.plan(QuantizeSettings.build({"device": "cpu", **options}))
+
+
+def synthesize(model, **options):
+    synthesize_api.synthesize_images(
+        SynthesizeSettings.build(
+            {"model": model, "out": Path("pictures"), "count": 6, "device": "cpu", **options}
+        )
+    )
+    return Path("pictures")
+
+
+def tensors_of(path=OUT):
+    return checkpoint.read(path)[1]
+
+
+def assert_same_tensors(found, expected):
+    assert set(found) == set(expected)
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+
+
+def test_a_model_is_quantized_on_real_pictures(quantize, demo):
+    result = quantize(demo, out=OUT, bits="w4a4")
+    assert result.status == "ok"
+    summary = result.summary
+    assert summary["count"] == 6
+    assert summary["bytes"] == OUT.stat().st_size
+    floats = vision.open_model(demo).model.parameters()
+    assert summary["float_bytes"] == sum(4 * p.numel() for p in floats)
+    assert summary["verify"] == {"max_abs_difference": 0.0, "same_choice": 1.0}
+    assert 0 <= summary["calibration_agreement"] <= 1
+    header = checkpoint.read_header(OUT)
+    assert {item["layer"] for item in result.items} == set(header.layers)
+    assert [table.title.split()[0] for table in result.tables] == [
+        "Quantized",
+        "Layers",
+        "Reconstruction",
+    ]
+    assert result.pictures[0].png.startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("bits", ["w8a8", "w3a5", "w2a7"])
+def test_the_file_computes_what_calibration_computed(quantize, swin, bits):
+    checked = quantize(swin, out=OUT, bits=bits).summary["verify"]
+    assert checked["same_choice"] == 1.0
+    assert checked["max_abs_difference"] < 1e-3
+
+
+def test_the_header_says_where_the_weights_came_from(quantize, demo):
+    quantize(demo, out=OUT, bits="w3a4", seed=11, effort="max", skip=("head",))
+    header = checkpoint.read_header(OUT)
+    provenance = header.provenance
+    assert provenance["weights_sha256"] == sha256_file(Path(demo))
+    assert provenance["weights_source"] == provenance["source"] == demo
+    assert (provenance["seed"], provenance["effort"]) == (11, "max")
+    assert provenance["method"] == "real images"
+    assert "2412.16553" in provenance["paper"]
+    assert vision.DataConfig.from_dict(header.data) == vision.open_model(demo).data
+    config = header.quantization_config
+    assert config["quant_method"] == "qtool"
+    assert config["ignore"] == ["head"]
+    widths = {
+        name: (group["weights"]["num_bits"], group["input_activations"]["num_bits"])
+        for group in config["config_groups"].values()
+        for name in group["targets"]
+    }
+    assert widths["patch_embed.proj"] == (3, 8)
+    assert widths["blocks.0.mlp.fc1"] == (3, 4)
+
+
+def test_the_same_settings_write_the_same_bytes(quantize, demo):
+    for name in ("one", "two"):
+        quantize(demo, out=Path(f"{name}.safetensors"))
+    assert Path("one.safetensors").read_bytes() == Path("two.safetensors").read_bytes()
+
+
+def test_the_seed_chooses_the_pictures(quantize, demo):
+    for seed in (0, 1):
+        quantize(demo, out=Path(f"{seed}.safetensors"), seed=seed, count=2)
+    scale = "blocks.0.mlp.fc1.input_scale"
+    assert tensors_of(Path("0.safetensors"))[scale] != tensors_of(Path("1.safetensors"))[scale]
+
+
+def test_data_free_is_synthesis_and_then_quantization(quantize, demo):
+    result = quantize(demo, data_free=True, out=OUT)
+    assert result.summary["synthesis_steps"] == 4
+    assert 0 <= result.summary["image_agreement"] <= 1
+    assert checkpoint.read_header(OUT).provenance["method"] == "spdfq"
+    assert not STATE.exists()
+    folder = synthesize(demo, effort="quick")
+    quantize(demo, synthetic=folder, out=Path("two.safetensors"))
+    assert_same_tensors(tensors_of(Path("two.safetensors")), tensors_of())
+
+
+def test_windows_need_no_data_either(quantize, swin):
+    result = quantize(swin, data_free=True, out=OUT, count=3)
+    assert result.summary["verify"]["same_choice"] == 1.0
+
+
+@pytest.mark.parametrize("method", ["spdfq", "psaq", "noise"])
+def test_synthetic_pictures_name_their_method(quantize, demo, method, caplog):
+    quantize(demo, synthetic=synthesize(demo, method=method), out=OUT)
+    assert checkpoint.read_header(OUT).provenance["method"] == method
+    assert "other weights" not in caplog.text
+
+
+def test_pictures_of_other_weights_are_noticed(quantize, demo, save_weights, caplog):
+    other = save_weights("demo_vit", {"img_size": 32, "embed_dim": 16, "depth": 1}, seed=1)
+    quantize(demo, synthetic=synthesize(other), out=OUT)
+    assert "was synthesized from other weights" in caplog.text
+
+
+def test_pictures_of_another_size_are_refused(quantize, demo):
+    folder = synthesize("demo_vit", method="noise")
+    with pytest.raises(CheckpointError, match=r"images of shape \(3, 64, 64\)"):
+        quantize(demo, synthetic=folder, out=OUT)
+    assert not OUT.exists()
+
+
+def test_a_folder_without_exact_images_is_refused(quantize, demo, class_folders):
+    with pytest.raises(UsageError, match=r"no synthetic\.safetensors") as caught:
+        quantize(demo, synthetic=class_folders, out=OUT)
+    assert "--calib" in caught.value.remedy
+
+
+def test_too_few_pictures_are_noticed(quantize, demo, caplog):
+    result = quantize(demo, out=OUT, count=50)
+    assert "has only 6 pictures" in caplog.text
+    assert result.summary["count"] == 6
+    assert checkpoint.read_header(OUT).provenance["count"] == 6
+
+
+def test_a_picture_that_cannot_be_read_ends_the_run(quantize, demo, class_folders):
+    (class_folders / "0" / "0.png").write_bytes(b"rubbish")
+    with pytest.raises(ImageError, match=r"0\.png"):
+        quantize(demo, out=OUT)
+    assert not OUT.exists()
+
+
+def test_rules_for_single_layers_are_honoured(quantize, demo):
+    result = quantize(
+        demo,
+        out=OUT,
+        bits="w4a4",
+        keep=("blocks.0.*=w6a6", "head=8"),
+        skip=("blocks.1.mlp.*",),
+    )
+    layers = checkpoint.read_header(OUT).layers
+    assert (layers["blocks.0.attn.qkv"].weight_bits, layers["head"].input_bits) == (6, 8)
+    assert layers["blocks.1.attn.qkv"].weight_bits == 4
+    assert not [name for name in layers if name.startswith("blocks.1.mlp")]
+    assert {item["layer"]: item["bits"] for item in result.items}["blocks.0.attn"] == "a6"
+    original = vision.open_model(demo).model.blocks[1].mlp.fc1.weight
+    assert torch.equal(load(OUT).blocks[1].mlp.fc1.weight, original)
+
+
+@pytest.mark.parametrize("rule", [{"keep": ("haed=8",)}, {"skip": ("haed",)}])
+def test_a_rule_for_no_layer_is_refused_naming_layers(quantize, demo, rule):
+    with pytest.raises(UsageError, match="no layer matches 'haed'") as caught:
+        quantize(demo, out=OUT, **rule)
+    assert "patch_embed.proj" in caught.value.remedy
+    assert not OUT.exists()
+
+
+def test_existing_output_is_refused_before_any_work(quantize, no_weights):
+    OUT.write_bytes(b"mine")
+    with pytest.raises(OutputExistsError):
+        quantize("deit_t", out=OUT)
+    with pytest.raises(OutputExistsError):
+        planned(model="deit_t", data_free=True, out=OUT)
+    skipped = quantize("deit_t", out=OUT, skip_existing=True)
+    assert skipped.summary == {"output": str(OUT), "status": "skipped"}
+    assert planned(model="deit_t", data_free=True, out=OUT, skip_existing=True).summary["skipped"]
+    assert OUT.read_bytes() == b"mine"
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_any_work(quantize, no_weights):
+    Path("report.html").mkdir()
+    with pytest.raises(UsageError, match=r"report\.html is a folder"):
+        quantize("deit_t", out=OUT, report=Path("report.html"))
+
+
+def test_existing_output_can_be_replaced(quantize, demo):
+    OUT.write_bytes(b"mine")
+    quantize(demo, out=OUT, overwrite=True)
+    assert checkpoint.read_header(OUT).active_bits == "w4a4"
+
+
+@pytest.mark.parametrize("suffix", [".json", ".md", ".html"])
+def test_reports_are_written(quantize, demo, suffix):
+    report = Path(f"report{suffix}")
+    result = quantize(demo, out=OUT, report=report)
+    text = report.read_text()
+    assert "blocks.0.mlp.fc1" in text
+    if suffix == ".json":
+        assert json.loads(text)["summary"]["bytes"] == result.summary["bytes"]
+
+
+@pytest.mark.parametrize("data_free", [True, False])
+def test_a_plan_loads_no_weights_and_writes_nothing(no_weights, class_folders, data_free):
+    source = {"data_free": True} if data_free else {"calib": class_folders}
+    before = sorted(Path.cwd().rglob("*"))
+    result = planned(model="deit_t", bits="w4a8", steps=9, **source)
+    assert result.status == "planned"
+    summary = result.summary
+    assert summary["architecture"] == "deit_tiny_patch16_224.fb_in1k"
+    assert summary["output"] == "deit_t-w4a8.safetensors"
+    assert summary["reconstruction_steps"] == 9
+    assert summary["synthesis_steps"] == (4 if data_free else 0)
+    assert summary["estimated_bytes"] == pytest.approx(5.7e6 / 2, rel=0.01)
+    assert sorted(Path.cwd().rglob("*")) == before
+
+
+def test_a_plan_checks_the_pictures(no_weights):
+    with pytest.raises(UsageError, match="does not exist"):
+        planned(model="deit_t", calib=Path("absent"))
+
+
+def test_progress_is_told_stage_by_stage(quantize, demo):
+    calls = []
+    quantize(
+        demo,
+        data_free=True,
+        out=OUT,
+        progress=lambda stage, done, total, note="": calls.append((stage, done, total)),
+    )
+    stages = dict.fromkeys(stage for stage, _, _ in calls)
+    assert list(stages) == ["synthesize", "reconstruct"]
+    assert [call for call in calls if call[0] == "reconstruct"] == [
+        ("reconstruct", index, 4) for index in range(1, 5)
+    ]
+
+
+def test_a_killed_run_goes_on_and_writes_the_same_file(quantize, demo, monkeypatch):
+    monkeypatch.setattr(synthesis, "_CHECKPOINT_EVERY", 1)
+    monkeypatch.setattr(synthesize_api, "_SAVE_SECONDS", 0.0)
+    quantize(demo, data_free=True, out=Path("whole.safetensors"))
+
+    def kill(stage, done, total, note=""):
+        if (stage, done) == ("synthesize", 3):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(demo, data_free=True, out=OUT, progress=kill)
+    assert STATE.is_file()
+    assert not OUT.exists()
+    with pytest.raises(CheckpointError, match="other settings"):
+        quantize(demo, data_free=True, out=OUT, resume=True, seed=5)
+    steps = []
+    quantize(
+        demo,
+        data_free=True,
+        out=OUT,
+        resume=True,
+        progress=lambda stage, done, total, note="": steps.append((stage, done)),
+    )
+    assert steps[0] == ("synthesize", 3)
+    assert not STATE.exists()
+    assert_same_tensors(tensors_of(), tensors_of(Path("whole.safetensors")))
+
+
+def test_a_run_killed_after_synthesis_keeps_its_images(quantize, demo):
+    def kill(stage, done, total, note=""):
+        if stage == "reconstruct":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(demo, data_free=True, out=OUT, progress=kill)
+    assert STATE.is_file()
+    stages = []
+    quantize(
+        demo,
+        data_free=True,
+        out=OUT,
+        resume=True,
+        progress=lambda stage, done, total, note="": stages.append(stage),
+    )
+    assert set(stages) == {"reconstruct"}
+    assert not STATE.exists()
+
+
+@pytest.fixture
+def tampering(monkeypatch):
+    """Something changes the file between its writing and its reading."""
+    real = checkpoint.write
+
+    def write(path, header, tensors, **options):
+        changed = dict(tensors)
+        changed["head.weight_packed"] = changed["head.weight_packed"].flip(0)
+        changed["head.bias"] = changed["head.bias"] + 5 * torch.arange(24.0)
+        real(path, header, changed, **options)
+
+    monkeypatch.setattr(checkpoint, "write", write)
+
+
+def test_a_file_that_computes_something_else_is_caught(quantize, demo, tampering):
+    with pytest.raises(QtoolError, match="computes other outputs than calibration"):
+        quantize(demo, out=OUT)
+
+
+def test_the_check_can_be_left_out(quantize, demo, tampering):
+    assert "verify" not in quantize(demo, out=OUT, verify=False).summary
+
+
+def test_an_unknown_model_is_refused(quantize):
+    with pytest.raises(UsageError, match="no model called 'demo_vti'") as caught:
+        quantize("demo_vti", out=OUT)
+    assert "demo_vit" in caught.value.remedy

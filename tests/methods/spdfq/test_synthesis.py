@@ -1,0 +1,361 @@
+"""Synthesis of calibration images on tiny random models."""
+
+import pytest
+import torch
+
+from qtool.errors import CheckpointError
+from qtool.methods.spdfq import losses, synthesis
+from qtool.methods.spdfq.synthesis import (
+    BatchSynthesizer,
+    SynthesisConfig,
+    learning_rate_at,
+    synthesize,
+)
+from qtool.models import vision
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+COUNT = 3
+
+
+class KilledError(Exception):
+    """Stands for whatever ends a process in the middle."""
+
+
+@pytest.fixture
+def vit(tiny_vit):
+    """The tiny model with attention sharp enough to be moved by pixels."""
+    return sharpened(tiny_vit)
+
+
+def sharpened(model):
+    model.requires_grad_(False)
+    for site in vision.layout(model).attentions:
+        model.get_submodule(site.name).qkv.weight.mul_(12.0)
+    return model
+
+
+def run(
+    model, *, count=COUNT, batch_size=32, resume=None, checkpoint=None, progress=None, **config
+):
+    return synthesize(
+        model,
+        vision.layout(model),
+        count=count,
+        size=(32, 32),
+        num_classes=10,
+        mean=MEAN,
+        std=STD,
+        config=SynthesisConfig(**{"steps": 4, **config}),
+        batch_size=batch_size,
+        resume=resume,
+        checkpoint=checkpoint,
+        progress=progress,
+    )
+
+
+def batch(model, *, count=COUNT, **config):
+    return BatchSynthesizer(
+        model,
+        vision.layout(model),
+        count=count,
+        size=(32, 32),
+        num_classes=10,
+        mean=MEAN,
+        std=STD,
+        config=SynthesisConfig(**{"steps": 4, **config}),
+    )
+
+
+@pytest.mark.parametrize("method", ["spdfq", "psaq", "noise"])
+def test_all_methods_have_one_interface(vit, method):
+    made = run(vit, method=method)
+    assert made.images.shape == (COUNT, 3, 32, 32)
+    assert made.labels.shape == (COUNT, 10)
+    torch.testing.assert_close(made.labels.sum(1), torch.ones(COUNT))
+    assert made.agreement.shape == (COUNT,)
+    assert made.agreement.dtype == made.patch_agreement.dtype == torch.bool
+    assert made.patch_agreement.shape == (len(made.boxes),)
+    assert bool(made.boxes) == (method == "spdfq")
+    assert bool(made.priors) == (method == "spdfq")
+    terms = {"spdfq": {"alignment"}, "psaq": {"entropy"}, "noise": set()}[method]
+    common = {"classification", "variation", "step"}
+    assert [set(record) for record in made.history] == [terms | common] * (
+        0 if method == "noise" else 2
+    )
+
+
+def test_noise_is_standard_normal_and_left_alone(vit):
+    made = run(vit, method="noise", count=8)
+    assert float(made.images.mean()) == pytest.approx(0.0, abs=0.05)
+    assert float(made.images.std()) == pytest.approx(1.0, abs=0.05)
+
+
+@pytest.mark.parametrize("method", ["spdfq", "psaq"])
+def test_pixels_stay_within_what_a_picture_can_show(vit, method):
+    made = run(vit, method=method, learning_rate=2.0, steps=6)
+    for channel in range(3):
+        pixels = made.images[:, channel] * STD[channel] + MEAN[channel]
+        assert float(pixels.min()) == pytest.approx(0.0, abs=1e-6)
+        assert float(pixels.max()) == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("method", ["spdfq", "psaq", "noise"])
+def test_the_same_seed_gives_the_same_images(vit, method):
+    first, again = run(vit, method=method), run(vit, method=method)
+    assert torch.equal(first.images, again.images)
+    assert first.boxes == again.boxes
+    assert torch.equal(first.labels, again.labels)
+    assert not torch.equal(first.images, run(vit, method=method, seed=1).images)
+
+
+@pytest.mark.parametrize("seed", [2**40, 2**63 - 1])
+def test_large_seeds_are_seeds_too(vit, seed):
+    made = run(vit, count=1, steps=1, seed=seed)
+    assert torch.equal(made.images, run(vit, count=1, steps=1, seed=seed).images)
+
+
+def test_every_batch_has_a_seed_of_its_own(vit):
+    made = run(vit, count=5, batch_size=2)
+    assert len(made.images) == 5
+    assert torch.equal(made.images[:2], run(vit, count=2).images)
+    assert not torch.equal(made.images[:2], made.images[2:4])
+    assert {box.image for box in made.boxes} == set(range(5))
+    assert {tuple(prior.shape) for prior in made.priors.values()} == {(5, 2, 16)}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"method": "spdfq"},
+        {"method": "spdfq", "patches_per_step": 2},
+        {"method": "spdfq", "alignment_weight": 3.0},
+        {"method": "psaq"},
+    ],
+    ids=["spdfq", "some patches", "given weight", "psaq"],
+)
+@pytest.mark.parametrize("last_step", [1, 3, 5])
+def test_an_interrupted_run_ends_with_the_same_images(vit, monkeypatch, config, last_step):
+    """Three of six steps belong to each round of the schedule."""
+    monkeypatch.setattr(synthesis, "_CHECKPOINT_EVERY", 1)
+    whole = run(vit, steps=6, **config)
+    saved = {}
+
+    def keep(index, state):
+        saved[index] = state
+        if int(state["step"]) == last_step:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        run(vit, steps=6, checkpoint=keep, **config)
+    torch.manual_seed(99)
+    resumed = run(vit, steps=6, resume=saved, **config)
+    assert torch.equal(resumed.images, whole.images)
+    assert torch.equal(resumed.labels, whole.labels)
+    assert resumed.boxes == whole.boxes
+    assert resumed.history[-1] == whole.history[-1]
+
+
+def test_a_run_interrupted_in_its_second_batch_ends_with_the_same_images(vit, monkeypatch):
+    monkeypatch.setattr(synthesis, "_CHECKPOINT_EVERY", 1)
+    whole = run(vit, count=4, batch_size=2)
+    saved = {}
+
+    def keep(index, state):
+        saved[index] = state
+        if index == 1 and int(state["step"]) == 2:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        run(vit, count=4, batch_size=2, checkpoint=keep)
+    taken = []
+    resumed = run(
+        vit,
+        count=4,
+        batch_size=2,
+        resume=saved,
+        progress=lambda stage, done, total, note="": taken.append((stage, done, total)),
+    )
+    assert torch.equal(resumed.images, whole.images)
+    assert taken == [("synthesize", 7, 8), ("synthesize", 8, 8)]
+
+
+def test_a_state_of_other_images_is_refused(vit):
+    with pytest.raises(CheckpointError, match="another size or number"):
+        batch(vit, count=2).load_state(batch(vit, count=3).state())
+
+
+def test_the_model_is_left_as_it_was(vit):
+    before = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
+    fused = [block.attn.fused_attn for block in vit.blocks]
+    for method in ("spdfq", "psaq"):
+        run(vit, method=method, steps=2)
+    assert all(parameter.grad is None for parameter in vit.parameters())
+    assert not any(parameter.requires_grad for parameter in vit.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in vit.state_dict().items())
+    assert [block.attn.fused_attn for block in vit.blocks] == fused
+    assert not any(module._forward_pre_hooks for module in vit.modules())
+    assert not vit.training
+
+
+def test_an_error_in_the_middle_leaves_no_hooks(vit, monkeypatch):
+    def fail(*_, **__):
+        raise KilledError
+
+    fused = [block.attn.fused_attn for block in vit.blocks]
+    monkeypatch.setattr(vit, "forward", fail)
+    with pytest.raises(KilledError):
+        run(vit)
+    assert [block.attn.fused_attn for block in vit.blocks] == fused
+    assert not any(module._forward_pre_hooks for module in vit.modules())
+
+
+def test_a_patch_has_no_gradient_outside_its_box(vit):
+    maker = batch(vit, count=4)
+    for index, box in enumerate(maker.boxes):
+        maker.pixels.grad = None
+        logits = vit(maker._patches(maker.pixels, [box]))
+        losses.soft_cross_entropy(logits, maker._patch_labels[index : index + 1]).backward()
+        inside = torch.zeros(4, 1, 32, 32, dtype=torch.bool)
+        rows, columns = slice(box.top, box.top + box.side), slice(box.left, box.left + box.side)
+        inside[box.image, :, rows, columns] = True
+        gradient = maker.pixels.grad
+        assert not gradient.masked_select(~inside.expand_as(gradient)).any()
+        assert gradient.masked_select(inside.expand_as(gradient)).ne(0).float().mean() > 0.9
+
+
+def test_patches_are_blown_up_crops(vit):
+    maker = batch(vit, count=4)
+    patches = maker._patches(maker.pixels, maker.boxes)
+    assert patches.shape == (len(maker.boxes), 3, 32, 32)
+    for patch, box in zip(patches, maker.boxes, strict=True):
+        rows, columns = slice(box.top, box.top + box.side), slice(box.left, box.left + box.side)
+        crop = maker.pixels[box.image, :, rows, columns]
+        assert float(patch.detach().amax()) <= float(crop.detach().amax())
+        torch.testing.assert_close(patch[:, 0, 0], crop[:, 0, 0])
+        torch.testing.assert_close(patch[:, -1, -1], crop[:, -1, -1])
+
+
+def test_a_large_weight_aligns_attention_with_its_priors(vit, monkeypatch):
+    monkeypatch.setattr(synthesis, "JITTER", 0.0)
+    made = run(vit, steps=80, alignment_weight=1e5, variation_weight=0.0)
+    first, last = made.history[0]["alignment"], made.history[-1]["alignment"]
+    assert last < first / 3
+    without = run(vit, steps=80, alignment_weight=0.0, variation_weight=0.0)
+    assert without.history[-1]["alignment"] > 2 * last
+
+
+def test_classification_and_variation_approach_their_targets(vit):
+    made = run(vit, steps=60, method="spdfq")
+    first, last = made.history[0], made.history[-1]
+    assert last["classification"] < first["classification"]
+    assert last["variation"] < first["variation"]
+
+
+def test_the_weight_levels_both_terms_by_a_power_of_ten(vit):
+    maker = batch(vit)
+    record = maker.step()
+    assert maker.alignment_weight in (1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
+    ratio = record["classification"] / (maker.alignment_weight * record["alignment"])
+    assert 10**-0.5 <= ratio <= 10**0.5 or maker.alignment_weight in (1.0, 1e5)
+    given = batch(vit, alignment_weight=7.0)
+    given.step()
+    assert given.alignment_weight == 7.0
+
+
+def test_only_some_patches_take_part_in_a_step(vit):
+    seen = []
+    handle = vit.patch_embed.register_forward_pre_hook(
+        lambda _, inputs: seen.append(len(inputs[0]))
+    )
+    few, everything = batch(vit, count=4, patches_per_step=2), batch(vit, count=4)
+    assert len(everything.boxes) > 2
+    few.step()
+    everything.step()
+    handle.remove()
+    assert seen == [4 + 2, 4 + len(everything.boxes)]
+
+
+@pytest.mark.parametrize("method", ["spdfq", "psaq"])
+def test_only_the_classes_asked_for_are_drawn(vit, method):
+    made = run(vit, count=12, method=method, steps=1, classes=(2, 7))
+    assert set(made.labels.argmax(1).tolist()) == {2, 7}
+    assert {box.label for box in made.boxes} <= {2, 7}
+
+
+def test_agreement_is_what_the_model_says(vit):
+    made = run(vit, count=6)
+    with torch.no_grad():
+        choice = vit(made.images).argmax(1).tolist()
+    intended = [{box.label for box in made.boxes if box.image == i} for i in range(6)]
+    assert made.agreement.tolist() == [
+        c in names for c, names in zip(choice, intended, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "more", "tokens"),
+    [
+        ("deit_tiny_distilled_patch16_224", {}, 16),
+        ("vit_tiny_patch16_224", {"global_pool": "avg", "class_token": False}, 16),
+        ("vit_tiny_patch16_224", {"reg_tokens": 4}, 16),
+    ],
+    ids=["distilled", "average pooling", "registers"],
+)
+@pytest.mark.parametrize("method", ["spdfq", "psaq"])
+def test_other_token_layouts(build_model, architecture, more, tokens, method):
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    model = sharpened(build_model(architecture, num_classes=10, **sizes, **more))
+    made = run(model, method=method, steps=2)
+    assert bool(made.images.isfinite().all())
+    if method == "spdfq":
+        assert {name: tuple(p.shape) for name, p in made.priors.items()} == {
+            "blocks.1.attn": (COUNT, 2, tokens)
+        }
+
+
+def test_windows_have_priors_of_their_own(tiny_swin):
+    made = run(sharpened(tiny_swin), steps=2)
+    assert {name: tuple(prior.shape) for name, prior in made.priors.items()} == {
+        "layers.0.blocks.1.attn": (4 * COUNT, 2, 16),
+        "layers.1.blocks.0.attn": (COUNT, 4, 16),
+    }
+    for prior in made.priors.values():
+        torch.testing.assert_close(prior.sum(-1), torch.ones(prior.shape[:2]))
+
+
+def test_reduced_precision_products_give_finite_images(vit):
+    made = run(vit, bfloat16=True)
+    assert made.images.dtype == torch.float32
+    assert bool(made.images.isfinite().all())
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 200, 1000])
+def test_the_step_size_rises_and_falls_twice(steps):
+    rates = [learning_rate_at(step, steps=steps, peak=0.2) for step in range(steps)]
+    assert all(0.0 < rate <= 0.2 for rate in rates)
+    assert rates.count(0.2) >= 1
+    if steps >= 200:
+        half = steps // 2
+        assert rates[:half] == rates[half:]
+        assert rates.index(0.2) == half // 5 - 1
+        assert rates[half - 1] < 0.001
+
+
+@pytest.mark.parametrize("method", ["spdfq", "psaq"])
+def test_a_resumed_run_keeps_priors_and_history(vit, monkeypatch, method):
+    monkeypatch.setattr(synthesis, "_CHECKPOINT_EVERY", 1)
+    whole = run(vit, count=4, batch_size=2, method=method)
+    saved = {}
+
+    def keep(index, state):
+        saved[index] = state
+        if index == 1 and int(state["step"]) == 2:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        run(vit, count=4, batch_size=2, checkpoint=keep, method=method)
+    resumed = run(vit, count=4, batch_size=2, resume=saved, method=method)
+    assert resumed.history == whole.history
+    assert set(resumed.priors) == set(whole.priors)
+    for name, prior in whole.priors.items():
+        assert torch.equal(resumed.priors[name], prior)
