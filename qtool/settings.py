@@ -137,7 +137,9 @@ class WriterSettings(CommonSettings):
 
     overwrite: bool = Field(default=False, description="Replace output that exists.")
     skip_existing: bool = Field(default=False, description="Leave output that exists as it is.")
-    resume: bool = Field(default=False, description="Go on where an interrupted run stopped.")
+    resume: bool = Field(
+        default=False, description="Go on where an interrupted synthesis of pictures stopped."
+    )
 
     @model_validator(mode="after")
     def _one_answer_for_existing_output(self) -> Self:

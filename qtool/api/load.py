@@ -50,6 +50,7 @@ def restore(header: checkpoint.Header, tensors: dict[str, Tensor], *, origin: st
     Raises:
         CheckpointError: Header and tensors do not describe one model.
     """
+    tensors = _as_computed(header, tensors)
     try:
         model = vision.build(header.architecture, header.model_args, device="meta")
         kinds = {site.name: site.kind for site in vision.layout(model).attentions}
@@ -64,6 +65,20 @@ def restore(header: checkpoint.Header, tensors: dict[str, Tensor], *, origin: st
             remedy="quantize the model again; the file was changed or written by another version",
         ) from error
     return model.requires_grad_(False).eval()
+
+
+def _as_computed(header: checkpoint.Header, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in the types and shapes that the modules compute with."""
+    owners = {*header.layers, *(f"{name}.products" for name in header.layers)}
+    computed = {}
+    for name, tensor in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        if tensor.is_floating_point() or leaf == "bias":
+            tensor = tensor.float()
+        elif leaf.endswith("_zero_point"):
+            tensor = tensor.int()
+        computed[name] = tensor.reshape(1) if owner in owners and not tensor.ndim else tensor
+    return computed
 
 
 def _module(
@@ -83,8 +98,12 @@ def _module(
         )
         return ATTENTION_CLASSES[kinds[name]](source, products)
     kind = QuantLinear if layer.kind == "linear" else QuantConv2d
+    shape = tuple(tensors[f"{name}.weight_shape"].tolist())
+    expected = tuple(source.get_parameter("weight").shape)
+    if shape != expected:
+        raise ValueError(f"{name} has weights of shape {shape}, not {expected}")
     return kind(
-        tuple(tensors[f"{name}.weight_shape"].tolist()),
+        shape,
         weight_bits=layer.weight_bits or 0,
         input_bits=layer.input_bits or 0,
         bias=f"{name}.bias" in tensors,

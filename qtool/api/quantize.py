@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,21 +12,12 @@ import torch
 from torch import Tensor
 
 from qtool import __version__
-from qtool.api import layer_report
+from qtool.api import calibration, layer_report
 from qtool.api.load import restore
-from qtool.api.runtime import bfloat16_is_faster, notice, prepare
-from qtool.api.synthesize import (
-    STEPS,
-    TENSORS,
-    ResumableSynthesis,
-    denormalised,
-    read_tensor_file,
-    sheet_png,
-    synthesis_config,
-)
-from qtool.errors import CheckpointError, Progress, QtoolError, UsageError
-from qtool.io import checkpoint, folders, images
-from qtool.io.atomic import write_file
+from qtool.api.runtime import bfloat16_is_faster, check_report, prepare, write_report
+from qtool.api.synthesize import STEPS, denormalised, sheet_png
+from qtool.errors import Progress, QtoolError
+from qtool.io import checkpoint, folders
 from qtool.methods.spdfq.reconstruction import (
     ReconstructionConfig,
     UnitRecord,
@@ -47,21 +37,9 @@ RECONSTRUCTION_STEPS = {"quick": 100, "standard": 100, "max": 400}
 _BATCH = 32
 
 
-def _source(settings: QuantizeSettings) -> str:
-    if settings.data_free:
-        return "synthesized (spdfq)"
-    return f"pictures of {settings.calib}" if settings.calib else f"images of {settings.synthetic}"
-
-
-def _resume_path(settings: QuantizeSettings) -> Path:
-    return settings.output.with_name(f".{settings.output.name}.resume")
-
-
 def _outputs(settings: QuantizeSettings) -> bool:
     """Check all outputs before work starts; False means the result is there and may stay."""
-    report = settings.report
-    if report is not None:
-        folders.check_output(report, overwrite=True)
+    check_report(settings.report)
     return folders.check_output(
         settings.output, overwrite=settings.overwrite, skip_existing=settings.skip_existing
     )
@@ -69,22 +47,24 @@ def _outputs(settings: QuantizeSettings) -> bool:
 
 def plan(settings: QuantizeSettings) -> Result:
     """What `quantize` would do; loads no weights."""
-    write = _outputs(settings)
-    if settings.calib is not None:
-        folders.find_images(settings.calib)
-    spec = registry.find(settings.model)
+    if not _outputs(settings):
+        skipped = {"output": str(settings.output), "skipped": True}
+        return Result("quantize", status="planned", summary=skipped)
+    calibration.check(settings)
+    architecture = vision.resolve(settings.model, weights=settings.weights)
     summary: dict[str, Any] = {
         "model": settings.model,
-        "architecture": spec.architecture if spec else settings.model,
+        "architecture": architecture,
         "bits": settings.bits,
         "recipe": settings.recipe,
-        "calibration": _source(settings),
+        "calibration": calibration.source(settings),
         "count": settings.count,
         "synthesis_steps": STEPS[settings.effort] if settings.data_free else 0,
         "reconstruction_steps": settings.steps or RECONSTRUCTION_STEPS[settings.effort],
         "output": str(settings.output),
-        "skipped": not write,
+        "skipped": False,
     }
+    spec = registry.find(architecture)
     if spec is not None:
         size = spec.parameters * 1e6 * settings.bit_spec.weight / 8
         summary["estimated_bytes"] = round(size)
@@ -106,6 +86,7 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
     """
     if not _outputs(settings):
         return Result("quantize", summary={"output": str(settings.output), "status": "skipped"})
+    calibration.check(settings)
     started = time.monotonic()
     device = prepare(settings)
     opened = vision.open_model(
@@ -119,9 +100,8 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
         keep=settings.kept,
         skip=settings.skip,
     )
-    work, facts = _calibration_images(settings, opened, progress)
-    pixels = facts.pop("pixels").to(device)
-    facts["count"] = len(pixels)
+    made = calibration.gather(settings, opened, batch_size=_BATCH, progress=progress)
+    pixels = made.pixels.to(device)
     synthesized = time.monotonic()
 
     model = simulate(copy.deepcopy(opened.model), plans, sites)
@@ -146,28 +126,39 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
     reconstructed = time.monotonic()
     layers = layer_report.measure(model, opened.model, plans, sample)
 
-    header = _header(settings, opened, plans, facts)
-    checkpoint.write(settings.output, header, model.state_dict(), overwrite=settings.overwrite)
+    verified: dict[str, float] = {}
+
+    def verify(path: Path) -> None:
+        if settings.verify:
+            verified.update(_verify(path, settings.output, sample, simulated))
+
+    checkpoint.write(
+        settings.output,
+        _header(settings, opened, plans, made),
+        model.state_dict(),
+        overwrite=settings.overwrite,
+        check=verify,
+    )
     summary: dict[str, Any] = {
         "model": opened.name,
         "architecture": opened.architecture,
         "bits": settings.bits,
         "recipe": settings.recipe,
-        "calibration": _source(settings),
+        "calibration": calibration.source(settings),
         "count": len(pixels),
         "output": str(settings.output),
         "bytes": settings.output.stat().st_size,
         "float_bytes": sum(p.numel() * 4 for p in opened.model.parameters()),
         "quantized_weights": float_weights,
-        **facts["summary"],
+        **made.summary,
         "seconds": {
             "calibration_images": round(synthesized - started, 1),
             "reconstruction": round(reconstructed - synthesized, 1),
             "total": round(time.monotonic() - started, 1),
         },
     }
-    if settings.verify:
-        summary["verify"] = _verify(settings.output, opened, sample, simulated)
+    if verified:
+        summary["verify"] = verified
     with torch.no_grad():
         float_choice = opened.model(sample).argmax(dim=1)
     agreed = (float_choice == simulated.argmax(dim=1)).float().mean()
@@ -181,104 +172,17 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
             Picture("Calibration images", sheet_png(denormalised(pixels.cpu(), opened.data))),
         ),
     )
-    if settings.report is not None:
-        text = result.to_text(settings.report.suffix)
-        write_file(settings.report, text.encode(), overwrite=True)
-    if work is not None:
-        work.forget()
+    write_report(settings.report, result)
+    if made.work is not None:
+        made.work.forget()
     return result
-
-
-def _calibration_images(
-    settings: QuantizeSettings, opened: vision.OpenedModel, progress: Progress | None
-) -> tuple[ResumableSynthesis | None, dict[str, Any]]:
-    """Images in the model's own normalisation, and what is worth saying about them."""
-    if settings.calib is not None:
-        pixels = _read_pictures(settings.calib, opened.data, settings.count, settings.seed)
-        return None, {"pixels": pixels, "summary": {}, "method": "real images"}
-    if settings.synthetic is not None:
-        pixels, method = _read_synthetic(settings.synthetic, opened, settings.count)
-        return None, {"pixels": pixels, "summary": {}, "method": method}
-    config = synthesis_config(
-        method="spdfq",
-        effort=settings.effort,
-        model=opened.model,
-        batch_size=_BATCH,
-        seed=settings.seed,
-    )
-    work = ResumableSynthesis(
-        opened,
-        config,
-        count=settings.count,
-        batch_size=_BATCH,
-        state=_resume_path(settings),
-        resume=settings.resume,
-    )
-    made = work.run(progress)
-    agreement = float(made.agreement.float().mean())
-    if agreement < 0.5:
-        notice.warning(
-            "only %.0f %% of the images are seen as what they should show; try --effort standard",
-            100 * agreement,
-        )
-    summary = {"synthesis_steps": config.steps, "image_agreement": round(agreement, 4)}
-    return work, {"pixels": made.images, "summary": summary, "method": "spdfq"}
-
-
-def _read_pictures(folder: Path, data: vision.DataConfig, count: int, seed: int) -> Tensor:
-    """Read up to `count` pictures of a folder, chosen by seed, as the model expects them."""
-    paths = folders.find_images(folder)
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(paths), generator=generator)[:count].tolist()
-    if len(chosen) < count:
-        notice.warning("%s has only %d pictures", folder, len(chosen))
-    return torch.stack(
-        [
-            images.to_tensor(
-                images.load_rgb(paths[index]),
-                size=data.input_size[1:],
-                crop_pct=data.crop_pct,
-                interpolation=data.interpolation,
-                mean=data.mean,
-                std=data.std,
-            )
-            for index in sorted(chosen)
-        ]
-    )
-
-
-def _read_synthetic(folder: Path, opened: vision.OpenedModel, count: int) -> tuple[Tensor, str]:
-    """Exact images of a folder that `qtool synthesize images` made."""
-    path = folder / TENSORS
-    if not path.is_file():
-        raise UsageError(
-            f"there is no {TENSORS} in {folder}",
-            remedy="make one with `qtool synthesize images MODEL -o DIR`, or use --calib DIR",
-        )
-    metadata, tensors = read_tensor_file(path)
-    pixels = tensors.get("images")
-    expected = tuple(opened.data.input_size)
-    if pixels is None or pixels.dtype != torch.float32 or tuple(pixels.shape[1:]) != expected:
-        found = "no images" if pixels is None else f"images of shape {tuple(pixels.shape[1:])}"
-        raise CheckpointError(
-            f"{path} holds {found}, but the model takes {expected}",
-            remedy="synthesize images with the model that is quantized",
-        )
-    try:
-        made = json.loads(metadata.get("qtool.synthetic", "{}"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} has unreadable metadata: {error}") from error
-    if made.get("weights_sha256") not in (None, opened.weights_sha256):
-        notice.warning("%s was synthesized from other weights", folder)
-    method = str(made.get("config", {}).get("method", "synthetic images"))
-    return pixels[:count], method
 
 
 def _header(
     settings: QuantizeSettings,
     opened: vision.OpenedModel,
     plans: Mapping[str, LayerPlan],
-    facts: Mapping[str, Any],
+    made: calibration.Calibration,
 ) -> checkpoint.Header:
     layers = {
         name: checkpoint.LayerBits(
@@ -300,12 +204,12 @@ def _header(
         quantization_config=_compressed_tensors(plans, settings),
         provenance={
             "qtool": __version__,
-            "method": facts["method"],
+            "method": made.method,
             "paper": PAPER,
             "recipe": settings.recipe,
             "effort": settings.effort,
             "seed": settings.seed,
-            "count": facts["count"],
+            "count": len(made.pixels),
             "source": opened.name,
             "weights_source": opened.weights_source,
             "weights_sha256": opened.weights_sha256,
@@ -343,24 +247,29 @@ def _compressed_tensors(
     }
 
 
-def _verify(
-    path: Path, opened: vision.OpenedModel, sample: Tensor, expected: Tensor
-) -> dict[str, Any]:
-    """Read the file back and compare it with what calibration computed.
+def _verify(path: Path, output: Path, sample: Tensor, expected: Tensor) -> dict[str, float]:
+    """Read a file back and compare it with what calibration computed.
+
+    Args:
+        path: The file, still under a temporary name.
+        output: The name it is to get.
+        sample: (B, 3, H, W).
+        expected: Logits of `sample`, (B, classes).
 
     Raises:
         QtoolError: The file computes something else.
     """
     header, tensors = checkpoint.read(path)
-    model = restore(header, tensors, origin=str(path)).to(sample.device)
+    model = restore(header, tensors, origin=str(output)).to(sample.device)
     with torch.no_grad():
         found = model(sample)
     difference = float((found - expected).abs().max())
     same = float((found.argmax(dim=1) == expected.argmax(dim=1)).float().mean())
-    if same < 1.0 and difference > 0.05 * float(expected.abs().max()):
+    # Not `>`, so that a difference of NaN fails as well.
+    if not difference <= 0.05 * float(expected.abs().max()):
         raise QtoolError(
-            f"{path} was written, but computes other outputs than calibration did "
-            f"(largest difference {difference:.3g}, same choice {same:.1%})",
+            f"{output} was not written: read back, it computes other outputs than calibration "
+            f"did (largest difference {difference:.3g}, same choice {same:.1%})",
             remedy="please report this with the command you ran",
         )
     return {"max_abs_difference": difference, "same_choice": same}

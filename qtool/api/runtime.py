@@ -1,15 +1,21 @@
-"""What every use case does first: threads, device, backend, offline."""
+"""What use cases share: threads, device, backend, offline; reading pictures, writing reports."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from qtool.engine import dispatch
 from qtool.errors import MissingError
+from qtool.io import folders, images
+from qtool.io.atomic import write_file
+from qtool.models.vision import DataConfig
+from qtool.report import Result
 from qtool.settings import CommonSettings
 
 notice = logging.getLogger("qtool.notice")
@@ -64,3 +70,43 @@ def bfloat16_is_faster(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return sys.platform == "linux" and bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def check_report(path: Path | None) -> None:
+    """Refuse before any work a report that could not be written; an old one may be replaced.
+
+    Raises:
+        QtoolError: The place cannot be written to.
+    """
+    if path is not None:
+        folders.check_output(path, overwrite=True)
+
+
+def write_report(path: Path | None, result: Result) -> None:
+    """Write the report that was asked for, if any, in the form its suffix names."""
+    if path is not None:
+        write_file(path, result.to_text(path.suffix).encode(), overwrite=True)
+
+
+def read_picture(path: Path, data: DataConfig, *, crop_pct: float | None = None) -> Tensor:
+    """Read a picture as a model expects it.
+
+    Args:
+        path: The picture.
+        data: The model's preprocessing.
+        crop_pct: Share of the picture kept; None takes the model's own.
+
+    Returns:
+        (3, H, W), normalised.
+
+    Raises:
+        ImageError: The file cannot be decoded.
+    """
+    return images.to_tensor(
+        images.load_rgb(path),
+        size=data.input_size[1:],
+        crop_pct=crop_pct or data.crop_pct,
+        interpolation=data.interpolation,
+        mean=data.mean,
+        std=data.std,
+    )

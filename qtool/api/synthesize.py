@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -18,7 +19,7 @@ from qtool.errors import CheckpointError, Progress, UsageError
 from qtool.io import container, folders, images
 from qtool.io.atomic import sweep, write_file
 from qtool.methods.spdfq.synthesis import Method, SynthesisConfig, SyntheticImages, synthesize
-from qtool.models import registry, vision
+from qtool.models import vision
 from qtool.report import Picture, Result, Table
 from qtool.settings import SynthesizeSettings
 
@@ -192,24 +193,30 @@ def check_classes(classes: tuple[int, ...], count: int) -> None:
         )
 
 
-def plan_images(settings: SynthesizeSettings) -> Result:
-    """What `synthesize_images` would do; loads no weights."""
-    write = folders.check_output(
+def _check_folder(settings: SynthesizeSettings) -> bool:
+    """Check the folder before work starts; False means the result is there and may stay."""
+    return folders.check_output(
         settings.out,
         overwrite=settings.overwrite or settings.resume,
         skip_existing=settings.skip_existing,
         folder=True,
     )
-    spec = registry.find(settings.model)
+
+
+def plan_images(settings: SynthesizeSettings) -> Result:
+    """What `synthesize_images` would do; loads no weights."""
+    if not _check_folder(settings):
+        skipped = {"output": str(settings.out), "skipped": True}
+        return Result("synthesize images", status="planned", summary=skipped)
     steps = 0 if settings.method == "noise" else settings.steps or STEPS[settings.effort]
     summary = {
         "model": settings.model,
-        "architecture": spec.architecture if spec else settings.model,
+        "architecture": vision.resolve(settings.model, weights=settings.weights),
         "method": settings.method,
         "count": settings.count,
         "steps": steps,
         "output": str(settings.out),
-        "skipped": not write,
+        "skipped": False,
     }
     return Result("synthesize images", status="planned", summary=summary)
 
@@ -230,13 +237,7 @@ def synthesize_images(settings: SynthesizeSettings, progress: Progress | None = 
     Raises:
         QtoolError: One of its kinds, for wrong settings, missing weights or refused output.
     """
-    write = folders.check_output(
-        settings.out,
-        overwrite=settings.overwrite or settings.resume,
-        skip_existing=settings.skip_existing,
-        folder=True,
-    )
-    if not write:
+    if not _check_folder(settings):
         return Result(
             "synthesize images", summary={"output": str(settings.out), "status": "skipped"}
         )
@@ -309,6 +310,8 @@ def write_images(
 ) -> tuple[list[dict[str, Any]], bytes]:
     """Write PNGs, the contact sheet and the exact tensors of synthesized images.
 
+    Single pictures that a former run wrote beyond the last are removed.
+
     Returns:
         One item per picture, and the contact sheet as PNG bytes.
     """
@@ -354,4 +357,8 @@ def write_images(
         ),
     }
     container.write_container(folder / TENSORS, metadata, tensors, overwrite=True)
+    written = {Path(item["path"]).name for item in items}
+    for path in (folder / PICTURES).iterdir():
+        if re.fullmatch(r"[0-9]{5,}\.png", path.name) and path.name not in written:
+            path.unlink()
     return items, sheet

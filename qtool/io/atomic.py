@@ -40,7 +40,13 @@ def output_exists(path: Path) -> OutputExistsError:
     )
 
 
-def write_file(path: Path, content: Writer | bytes, *, overwrite: bool = False) -> None:
+def write_file(
+    path: Path,
+    content: Writer | bytes,
+    *,
+    overwrite: bool = False,
+    check: Callable[[Path], None] | None = None,
+) -> None:
     """Write a file so that it appears whole or not at all.
 
     Missing parent folders are made. A symbolic link is followed: its target is replaced. The file
@@ -50,6 +56,8 @@ def write_file(path: Path, content: Writer | bytes, *, overwrite: bool = False) 
         path: Where the file goes.
         content: The bytes, or a function that writes them to the open binary file it is given.
         overwrite: Whether an existing file may be replaced.
+        check: Given the complete file under a temporary name; if it raises, that file is removed
+            and `path` stays as it was.
 
     Raises:
         OutputExistsError: The file exists and `overwrite` is false.
@@ -65,6 +73,8 @@ def write_file(path: Path, content: Writer | bytes, *, overwrite: bool = False) 
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _write_through(temporary, content)
+        if check is not None:
+            check(temporary)
         if not _move_into_place(temporary, target, overwrite=overwrite):
             raise output_exists(path)
         _sync_folder(target.parent)

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -59,9 +59,9 @@ _ONE: Shapes = ((), (1,))
 
 
 def _plain_json(value: object) -> object:
-    """Turn tuples into lists, so that a header equals the one that is read back."""
+    """Turn tuples into lists and sort keys, so that equal headers have equal bytes."""
     try:
-        return json.loads(json.dumps(value, allow_nan=False))
+        return json.loads(json.dumps(value, allow_nan=False, sort_keys=True))
     except TypeError as error:
         raise ValueError(str(error)) from error
 
@@ -106,7 +106,7 @@ class Header(BaseModel):
         engine: `fixed` has one bit-width per layer.
         bits: The bit-widths the file can run at.
         active_bits: The one of them it runs at.
-        layers: The quantized layers by name.
+        layers: The quantized layers by name, in the order of the model.
         quantization_config: The same in compressed-tensors' words, `quant_method` "qtool".
         provenance: Version, method, recipe, seed, SHA-256 of the source weights, paper.
     """
@@ -131,7 +131,12 @@ class Header(BaseModel):
 
 
 def write(
-    path: Path, header: Header, tensors: Mapping[str, Tensor], *, overwrite: bool = False
+    path: Path,
+    header: Header,
+    tensors: Mapping[str, Tensor],
+    *,
+    overwrite: bool = False,
+    check: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a checkpoint; the same input gives the same bytes.
 
@@ -140,6 +145,7 @@ def write(
         header: What the file says about itself.
         tensors: All tensors of the quantized model by name.
         overwrite: Whether an existing file may be replaced.
+        check: Given the complete file under a temporary name; nothing is written if it raises.
 
     Raises:
         CheckpointError: Header and tensors disagree; nothing is written.
@@ -149,9 +155,9 @@ def write(
     problem = _disagreement(header, tensors)
     if problem:
         raise CheckpointError(f"cannot write {path}: {problem}")
-    config = json.dumps(header.model_dump(), sort_keys=True, separators=(",", ":"))
+    config = json.dumps(header.model_dump(), separators=(",", ":"))
     metadata = {"format": "pt", "qtool.format": str(FORMAT), "qtool.config": config}
-    write_container(path, metadata, tensors, overwrite=overwrite)
+    write_container(path, metadata, tensors, overwrite=overwrite, check=check)
 
 
 def read_header(path: Path) -> Header:
@@ -298,7 +304,9 @@ def _scale_problem(name: str, scale: Tensor, shapes: Shapes) -> str:
 def _zero_point_problem(name: str, zero_point: Tensor, bits: int, shapes: Shapes) -> str:
     if zero_point.dtype not in _ZERO_POINTS or tuple(zero_point.shape) not in shapes:
         return f"{name} is {_described(zero_point)}, not uint8 or int32 of shape {shapes[-1]}"
-    if not bool(((zero_point >= 0) & (zero_point < 2**bits)).all()):
+    # As int32, because a uint8 would be compared with 2^8 taken as a uint8, which is 0.
+    levels = zero_point.int()
+    if not bool(((levels >= 0) & (levels < 2**bits)).all()):
         return f"{name} leaves 0..{2**bits - 1}"
     return ""
 

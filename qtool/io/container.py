@@ -17,7 +17,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
@@ -136,6 +136,7 @@ def write_container(
     tensors: Mapping[str, Tensor],
     *,
     overwrite: bool = False,
+    check: Callable[[Path], None] | None = None,
 ) -> None:
     """Write tensors and metadata; the same input gives the same bytes.
 
@@ -144,6 +145,7 @@ def write_container(
         metadata: Strings to store beside the tensors.
         tensors: The tensors by name, on any device.
         overwrite: Whether an existing file may be replaced.
+        check: As for `write_file`.
 
     Raises:
         CheckpointError: A name or an element type that the format cannot hold.
@@ -186,7 +188,7 @@ def write_container(
         for name in order:
             file.write(_bytes_of(plain[name]))
 
-    write_file(path, write, overwrite=overwrite)
+    write_file(path, write, overwrite=overwrite, check=check)
 
 
 @contextmanager

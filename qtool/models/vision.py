@@ -31,6 +31,7 @@ __all__ = [
     "imagenet_wnids",
     "layout",
     "open_model",
+    "resolve",
     "unfuse_attention",
 ]
 
@@ -44,6 +45,7 @@ DEMO_ARGUMENTS: dict[str, Any] = {
 }
 DEMO_DATA = DataConfig((3, 64, 64), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0)
 _WEIGHT_NAMES = ("model.safetensors", "pytorch_model.bin")
+_HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 
 
 @dataclass
@@ -74,11 +76,11 @@ class OpenedModel:
 
 @dataclass
 class _Plan:
-    """A model that has been found but not yet built."""
+    """A model that has been found but not yet built; without `weights` they are timm's own."""
 
     architecture: str
     model_args: dict[str, Any]
-    weights: Path
+    weights: Path | None
     source: str
     pretrained_cfg: dict[str, Any] | None = None
     data: DataConfig | None = None
@@ -115,6 +117,25 @@ def build(
     return model.eval()
 
 
+def resolve(name: str, *, weights: str | Path = "pretrained") -> str:
+    """Find out which architecture `open_model` would build; reads no weights, opens no connection.
+
+    Args:
+        name: As for `open_model`.
+        weights: As for `open_model`.
+
+    Returns:
+        The timm name with its tag, or "demo_vit"; `name` itself for a hub repository, whose
+        architecture stands in a file of its own.
+
+    Raises:
+        UsageError: The name is unknown.
+        MissingError: A file or folder that was named is absent, or timm has no such weights.
+    """
+    path = _named_weights(weights)
+    return name if name.startswith(_HUB_PREFIXES) else _plan(name, path).architecture
+
+
 def open_model(
     name: str,
     *,
@@ -138,8 +159,13 @@ def open_model(
         UsageError: The name is unknown, or the weights do not fit the model.
         MissingError: The weights are not on this machine and cannot be fetched.
     """
-    plan = _plan(name, None if str(weights) == "pretrained" else Path(weights), offline)
-    model = _load(plan)
+    path = _named_weights(weights)
+    if name.startswith(_HUB_PREFIXES):
+        plan = _plan_hub(name.partition(":")[2], path, offline)
+    else:
+        plan = _plan(name, path)
+    path = plan.weights or _fetch(plan, offline)
+    model = _load(plan, path)
     model.to(device=device, dtype=torch.float32).requires_grad_(False).eval()
     classes = int(getattr(model, "num_classes", 0))
     demo = plan.architecture == "demo_vit"
@@ -152,7 +178,7 @@ def open_model(
         architecture=plan.architecture,
         model_args=plan.model_args,
         data=data,
-        weights_sha256=sources.sha256(plan.weights),
+        weights_sha256=sources.sha256(path),
         weights_source=plan.source,
         labels_kind="demo" if demo else "imagenet" if classes == 1000 else "",
     )
@@ -164,14 +190,20 @@ def imagenet_wnids() -> list[str]:
     return names
 
 
-def _plan(name: str, weights: Path | None, offline: bool) -> _Plan:
-    """Find out what `name` means and where its weights lie."""
-    if weights is not None and not weights.is_file():
+def _named_weights(weights: str | Path) -> Path | None:
+    """Return the file of weights that was named, None for those that belong to the model."""
+    if str(weights) == "pretrained":
+        return None
+    path = Path(weights)
+    if not path.is_file():
         raise MissingError(
-            f"there is no weights file {weights}", remedy="check the path given with --weights"
+            f"there is no weights file {path}", remedy="check the path given with --weights"
         )
-    if name.startswith(("hf-hub:", "hf_hub:")):
-        return _plan_hub(name.partition(":")[2], weights, offline)
+    return path
+
+
+def _plan(name: str, weights: Path | None) -> _Plan:
+    """Find out on this machine what `name` means and where its weights lie."""
     if name.startswith("local-dir:"):
         return _plan_folder(Path(name.partition(":")[2]), weights, name)
     if name.endswith(".safetensors"):
@@ -185,7 +217,7 @@ def _plan(name: str, weights: Path | None, offline: bool) -> _Plan:
     architecture = spec.architecture if spec is not None else _timm_name(name)
     if weights is not None:
         return _plan_metadata(weights, architecture)
-    return _plan_pretrained(architecture, spec, offline)
+    return _Plan(architecture, {}, None, f"hf-hub:{_repository(architecture)}")
 
 
 def _timm_name(name: str) -> str:
@@ -212,14 +244,21 @@ def _timm_name(name: str) -> str:
     return name
 
 
-def _plan_pretrained(architecture: str, spec: registry.ModelSpec | None, offline: bool) -> _Plan:
+def _repository(architecture: str) -> str:
+    """Return the hub repository of timm's own weights."""
     configured = timm.get_pretrained_cfg(architecture)
-    repository = configured.hf_hub_id if configured is not None else ""
-    if not repository:
+    if configured is None or not configured.hf_hub_id:
         raise MissingError(
             f"timm offers no weights for {architecture} on the hub",
             remedy=f"pass a file: {architecture} --weights FILE",
         )
+    return str(configured.hf_hub_id)
+
+
+def _fetch(plan: _Plan, offline: bool) -> Path:
+    """Get timm's own weights for a plan that names no file."""
+    architecture = plan.architecture
+    configured, spec = timm.get_pretrained_cfg(architecture), registry.find(architecture)
     if spec is None:
         with torch.device("meta"):
             shell = timm.create_model(architecture)
@@ -229,8 +268,8 @@ def _plan_pretrained(architecture: str, spec: registry.ModelSpec | None, offline
         size = spec.size
     licence = spec.licence if spec else configured.license or "licence not stated"
     names = (configured.hf_hub_filename,) if configured.hf_hub_filename else _WEIGHT_NAMES
-    path = sources.fetch(repository, names, offline=offline, note=f"about {size}, {licence}")
-    return _Plan(architecture, {}, path, f"hf-hub:{repository}")
+    note = f"about {size}, {licence}"
+    return sources.fetch(_repository(architecture), names, offline=offline, note=note)
 
 
 def _plan_file(path: Path, weights: Path | None) -> _Plan:
@@ -334,17 +373,17 @@ def _plan_config(config: Path, weights: Path) -> _Plan:
     return _Plan(architecture, arguments, weights, str(weights), pretrained_cfg=pretrained)
 
 
-def _load(plan: _Plan) -> nn.Module:
-    """Build the planned model and fill it with its weights."""
+def _load(plan: _Plan, weights: Path) -> nn.Module:
+    """Build the planned model and fill it with weights."""
     try:
         if plan.architecture == "demo_vit":
             model = build("demo_vit", plan.model_args)
-            model.load_state_dict(timm.models.load_state_dict(str(plan.weights)))
+            model.load_state_dict(timm.models.load_state_dict(str(weights)))
             return model
         overlay = {
-            "file": str(plan.weights),
+            "file": str(weights),
             "source": "",
-            "custom_load": plan.weights.suffix == ".npz",
+            "custom_load": weights.suffix == ".npz",
         }
         classes = plan.model_args.get("num_classes")
         if classes is not None:
@@ -360,7 +399,7 @@ def _load(plan: _Plan) -> nn.Module:
         return loaded
     except Exception as error:  # timm, torch and safetensors raise whatever they met
         raise UsageError(
-            f"the weights {plan.weights} do not fit {plan.architecture}: {_first_line(error)}",
+            f"the weights {weights} do not fit {plan.architecture}: {_first_line(error)}",
             remedy="check that the file belongs to this model, and that it is whole",
         ) from error
 

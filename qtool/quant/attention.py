@@ -59,8 +59,6 @@ class QuantAttention(_TakesOver):
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         """Attend over all tokens; `attn_mask` is added to the scores (or hides where False)."""
-        gate_layer: nn.Module | None = getattr(self, "gate", None)
-        gate = None if gate_layer is None else gate_layer(x).sigmoid()
         query, key, value = self._heads(x)
         query, key = self.q_norm(query), self.k_norm(key)
         products = cast(Products, self.products)
@@ -72,8 +70,6 @@ class QuantAttention(_TakesOver):
             scores = scores.masked_fill(~attn_mask, -torch.inf) if hidden else scores + attn_mask
         attended = products.values(scores.softmax(dim=-1), value)
         attended = self.norm(attended.transpose(1, 2).flatten(2))
-        if gate is not None:
-            attended = attended * gate
         out: Tensor = self.proj_drop(self.proj(attended))
         return out
 

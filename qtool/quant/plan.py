@@ -43,7 +43,7 @@ def is_patch_convolution(module: nn.Module) -> bool:
     return (
         isinstance(module, nn.Conv2d)
         and module.kernel_size == module.stride
-        and module.padding == (0, 0)
+        and module.padding in ((0, 0), "valid")
         and module.dilation == (1, 1)
         and module.groups == 1
     )

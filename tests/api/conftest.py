@@ -45,7 +45,13 @@ def _quiet_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def save_weights(tmp_path: Path) -> Callable[..., str]:
     """Write the random weights of a small model to a file that says what it is."""
 
-    def save(architecture: str, model_args: dict[str, object], *, seed: int = 0) -> str:
+    def save(
+        architecture: str,
+        model_args: dict[str, object],
+        *,
+        seed: int = 0,
+        data: vision.DataConfig = DATA,
+    ) -> str:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = vision.build(architecture, model_args)
@@ -57,7 +63,7 @@ def save_weights(tmp_path: Path) -> Callable[..., str]:
         metadata = {
             "architecture": architecture,
             "model_args": json.dumps(model_args),
-            "data": json.dumps(DATA.to_dict()),
+            "data": json.dumps(data.to_dict()),
         }
         path = tmp_path / f"{architecture}-{seed}.safetensors"
         save_file(state, path, metadata)

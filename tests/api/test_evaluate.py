@@ -10,7 +10,7 @@ from qtool.api import evaluate as api
 from qtool.api.load import load
 from qtool.demo import pictures
 from qtool.errors import CheckpointError, ImageError, MissingError, UsageError
-from qtool.io import checkpoint, images
+from qtool.io import images
 from qtool.models import vision
 from qtool.settings import EvaluateSettings
 
@@ -78,28 +78,6 @@ def test_a_checkpoint_is_measured_beside_its_float_model(checkpoint_file, demo):
         "float32 (demo_vit)",
         "w3a4 (q.safetensors)",
     ]
-
-
-def test_without_its_float_weights_a_checkpoint_stands_alone(checkpoint_file, demo, caplog):
-    Path(demo).unlink()
-    result = evaluate(checkpoint_file)
-    assert "no float baseline" in caplog.text
-    assert "drop" not in result.summary
-    assert result.status == "ok"
-
-
-def test_weights_that_moved_can_be_named(checkpoint_file, demo, tmp_path):
-    moved = Path(demo).rename(tmp_path / "moved.safetensors")
-    result = evaluate(checkpoint_file, baseline=str(moved))
-    assert "drop" in result.summary
-
-
-def test_any_model_can_be_the_baseline(checkpoint_file, quantize, demo):
-    quantize(demo, out=Path("eight.safetensors"), bits="w8a8")
-    result = evaluate(checkpoint_file, baseline="eight.safetensors")
-    assert result.items[0]["model"] == "w8a8 (eight.safetensors)"
-    same = evaluate(demo, baseline=demo).summary
-    assert (same["drop"], same["agreement"]) == (0.0, 100.0)
 
 
 @pytest.mark.parametrize("fixture", ["class_folders", "labelled_folder"])
@@ -174,6 +152,7 @@ def test_a_bad_picture_makes_the_result_partial(demo, class_folders):
         progress=lambda stage, step, total, note="": done.append((step, total)),
     )
     assert (result.status, result.exit_code) == ("partial", 3)
+    assert result.summary["status"] == "partial"
     assert (result.summary["count"], result.summary["failed"]) == (5, 1)
     failed = result.items[-1]
     assert (failed["path"], failed["status"]) == (str(bad), "failed")
@@ -203,7 +182,7 @@ def test_a_gate_that_is_met_changes_nothing(demo):
 )
 def test_a_gate_that_is_missed_fails_with_its_own_code(demo, gate, reason):
     result = evaluate(demo, baseline=demo, minimum=(gate,))
-    assert result.status == "failed"
+    assert result.status == result.summary["status"] == "failed"
     assert result.summary["exit_code"] == result.exit_code == 5
     assert reason in result.summary["error"]
     assert result.summary["remedy"]
@@ -244,24 +223,6 @@ def test_absent_files_are_missing():
         evaluate("absent.safetensors")
 
 
-def test_latency_names_backends_and_compares_with_float(checkpoint_file, monkeypatch):
-    monkeypatch.setattr(api, "_LATENCY_ROUNDS", 2)
-    monkeypatch.setattr(api, "bfloat16_is_faster", lambda device: True)
-    result = evaluate(checkpoint_file, count=4, latency=True, batch_size=2, backend="reference")
-    timings = result.summary["latency"]
-    assert [(row["model"], row["batch"]) for row in timings] == [
-        (name, batch) for batch in (1, 2) for name in ("float32", "bfloat16", "w3a4")
-    ]
-    layers = checkpoint.read_header(checkpoint_file).layers
-    for row in timings:
-        assert 0 < row["min_ms"] <= row["median_ms"]
-        assert row["float32_over_this"] > 0
-        assert row["backend"] == (
-            f"reference x{len(layers)}" if row["model"] == "w3a4" else "torch"
-        )
-    assert [row["float32_over_this"] for row in timings if row["model"] == "float32"] == [1.0, 1.0]
-
-
 @pytest.mark.parametrize("suffix", [".json", ".md", ".html"])
 def test_reports_are_written(demo, suffix):
     report = Path(f"report{suffix}")
@@ -278,6 +239,7 @@ def test_a_plan_loads_no_weights(no_weights, class_folders):
     assert result.status == "planned"
     assert result.summary == {
         "target": "deit_t",
+        "architecture": "deit_tiny_patch16_224.fb_in1k",
         "data": str(class_folders),
         "count": 4,
         "baseline": None,
@@ -286,6 +248,29 @@ def test_a_plan_loads_no_weights(no_weights, class_folders):
     assert api.plan(settings("demo_vit")).summary["data"] == "drawn pictures"
     with pytest.raises(UsageError, match="does not exist"):
         api.plan(settings("deit_t", data=Path("absent")))
+
+
+def test_a_plan_refuses_what_the_run_would(checkpoint_file, class_folders, no_weights):
+    with pytest.raises(UsageError, match="no model called 'deit_tt'") as caught:
+        api.plan(settings("deit_tt", data=class_folders))
+    assert "deit_t" in caught.value.remedy
+    with pytest.raises(UsageError, match="no model called 'deit_tt'"):
+        api.plan(settings("deit_t", baseline="deit_tt", data=class_folders))
+    with pytest.raises(MissingError, match="no file absent"):
+        api.plan(settings("absent.safetensors", data=class_folders))
+    for target in ("deit_t", checkpoint_file):
+        with pytest.raises(MissingError, match="no weights file absent"):
+            api.plan(settings(target, weights="absent", data=class_folders))
+    with pytest.raises(UsageError, match="a labelled picture set is needed"):
+        api.plan(settings("deit_t"))
+
+
+def test_a_plan_knows_checkpoints(checkpoint_file, no_weights):
+    result = api.plan(settings(checkpoint_file, baseline=str(checkpoint_file)))
+    assert result.summary["architecture"] == "demo_vit"
+    checkpoint_file.write_bytes(checkpoint_file.read_bytes()[:100])
+    with pytest.raises(CheckpointError):
+        api.plan(settings(checkpoint_file))
 
 
 def test_the_bundled_model_knows_its_pictures():

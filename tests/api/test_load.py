@@ -144,6 +144,37 @@ def test_layers_of_different_bits_and_float_layers(quantize, demo, images):
         assert bool(model(images).isfinite().all())
 
 
+@pytest.mark.parametrize("bits", ["w4a4", "w8a8"])
+def test_every_documented_type_and_shape_runs(quantize, swin, images, bits):
+    quantize(swin, bits=bits, out="q.safetensors")
+
+    def round_scales(values, tensors):
+        for name in tensors:
+            if name.endswith("_scale"):
+                tensors[name] = tensors[name].half().float()
+            elif tensors[name].is_floating_point():
+                tensors[name] = tensors[name].bfloat16().float()
+
+    def shrink(values, tensors):
+        for name, tensor in tensors.items():
+            if name.endswith("_scale"):
+                tensors[name] = tensor.half()
+            elif name.endswith("_zero_point"):
+                tensors[name] = tensor.byte()
+            elif tensor.is_floating_point():
+                tensors[name] = tensor.bfloat16()
+            if "weight" not in name and name.endswith(("_scale", "_zero_point")):
+                tensors[name] = tensors[name].reshape(())
+
+    rewritten("q.safetensors", round_scales)
+    with torch.no_grad():
+        expected = load("q.safetensors")(images)
+        rewritten("q.safetensors", shrink)
+        model = load("q.safetensors")
+        assert torch.equal(model(images), expected)
+    assert {b.dtype for b in model.buffers() if b.is_floating_point()} == {torch.float32}
+
+
 def test_weights_need_no_random_numbers(quantize, demo, images):
     quantize(demo, out="q.safetensors")
     torch.manual_seed(1)
@@ -185,6 +216,16 @@ def change_probabilities(values, tensors):
     values["layers"]["blocks.0.attn"]["options"] = {"probabilities": "uniform"}
 
 
+def turn_patches(values, tensors):
+    rows, channels, height, width = tensors["patch_embed.proj.weight_shape"].tolist()
+    tensors["patch_embed.proj.weight_shape"] = torch.tensor([rows, height, channels, width])
+
+
+def narrow_rows(values, tensors):
+    name = "blocks.0.mlp.fc1.weight_shape"
+    tensors[name] = tensors[name] - torch.tensor([0, 1])
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -196,6 +237,8 @@ def change_probabilities(values, tensors):
         name_no_site,
         name_no_layer,
         change_probabilities,
+        turn_patches,
+        narrow_rows,
     ],
 )
 def test_a_file_that_does_not_fit_is_refused_in_one_line(quantize, demo, change):

@@ -12,6 +12,7 @@ from qtool.api.load import load
 from qtool.errors import (
     CheckpointError,
     ImageError,
+    MissingError,
     OutputExistsError,
     QtoolError,
     UsageError,
@@ -134,39 +135,6 @@ def test_windows_need_no_data_either(quantize, swin):
     assert result.summary["verify"]["same_choice"] == 1.0
 
 
-@pytest.mark.parametrize("method", ["spdfq", "psaq", "noise"])
-def test_synthetic_pictures_name_their_method(quantize, demo, method, caplog):
-    quantize(demo, synthetic=synthesize(demo, method=method), out=OUT)
-    assert checkpoint.read_header(OUT).provenance["method"] == method
-    assert "other weights" not in caplog.text
-
-
-def test_pictures_of_other_weights_are_noticed(quantize, demo, save_weights, caplog):
-    other = save_weights("demo_vit", {"img_size": 32, "embed_dim": 16, "depth": 1}, seed=1)
-    quantize(demo, synthetic=synthesize(other), out=OUT)
-    assert "was synthesized from other weights" in caplog.text
-
-
-def test_pictures_of_another_size_are_refused(quantize, demo):
-    folder = synthesize("demo_vit", method="noise")
-    with pytest.raises(CheckpointError, match=r"images of shape \(3, 64, 64\)"):
-        quantize(demo, synthetic=folder, out=OUT)
-    assert not OUT.exists()
-
-
-def test_a_folder_without_exact_images_is_refused(quantize, demo, class_folders):
-    with pytest.raises(UsageError, match=r"no synthetic\.safetensors") as caught:
-        quantize(demo, synthetic=class_folders, out=OUT)
-    assert "--calib" in caught.value.remedy
-
-
-def test_too_few_pictures_are_noticed(quantize, demo, caplog):
-    result = quantize(demo, out=OUT, count=50)
-    assert "has only 6 pictures" in caplog.text
-    assert result.summary["count"] == 6
-    assert checkpoint.read_header(OUT).provenance["count"] == 6
-
-
 def test_a_picture_that_cannot_be_read_ends_the_run(quantize, demo, class_folders):
     (class_folders / "0" / "0.png").write_bytes(b"rubbish")
     with pytest.raises(ImageError, match=r"0\.png"):
@@ -248,9 +216,33 @@ def test_a_plan_loads_no_weights_and_writes_nothing(no_weights, class_folders, d
     assert sorted(Path.cwd().rglob("*")) == before
 
 
-def test_a_plan_checks_the_pictures(no_weights):
+def test_a_plan_refuses_what_the_run_would(no_weights, demo):
     with pytest.raises(UsageError, match="does not exist"):
         planned(model="deit_t", calib=Path("absent"))
+    with pytest.raises(UsageError, match=r"no synthetic\.safetensors in absent"):
+        planned(model="deit_t", synthetic=Path("absent"))
+    with pytest.raises(MissingError, match="no weights file absent"):
+        planned(model="deit_t", weights="absent", data_free=True)
+    with pytest.raises(MissingError, match="no file absent"):
+        planned(model="absent.safetensors", data_free=True)
+    with pytest.raises(UsageError, match="no model called 'deit_tt'") as caught:
+        planned(model="deit_tt", data_free=True)
+    assert "deit_t" in caught.value.remedy
+    assert planned(model=demo, data_free=True).summary["architecture"] == "demo_vit"
+
+
+def test_what_is_there_is_skipped_and_nothing_is_written(quantize, no_weights):
+    OUT.write_bytes(b"mine")
+    before = sorted(Path.cwd().rglob("*"))
+    result = quantize("deit_t", out=OUT, skip_existing=True, report=Path("report.html"))
+    assert (result.status, result.exit_code) == ("ok", 0)
+    assert sorted(Path.cwd().rglob("*")) == before
+
+
+def test_without_synthesis_there_is_nothing_to_resume(quantize, demo):
+    quantize(demo, out=Path("one.safetensors"))
+    quantize(demo, out=OUT, resume=True)
+    assert OUT.read_bytes() == Path("one.safetensors").read_bytes()
 
 
 def test_progress_is_told_stage_by_stage(quantize, demo):
@@ -316,25 +308,49 @@ def test_a_run_killed_after_synthesis_keeps_its_images(quantize, demo):
     assert not STATE.exists()
 
 
+def shift(tensors):
+    tensors["head.bias"] += 5
+
+
+def double(tensors):
+    tensors["head.weight_scale"] *= 2
+    tensors["head.bias"] *= 2
+
+
+def choose_another(tensors):
+    tensors["head.bias"] += 5 * torch.arange(24.0)
+
+
+def spoil(tensors):
+    tensors["head.bias"] *= torch.nan
+
+
 @pytest.fixture
-def tampering(monkeypatch):
+def tampering(monkeypatch, request):
     """Something changes the file between its writing and its reading."""
     real = checkpoint.write
 
     def write(path, header, tensors, **options):
-        changed = dict(tensors)
-        changed["head.weight_packed"] = changed["head.weight_packed"].flip(0)
-        changed["head.bias"] = changed["head.bias"] + 5 * torch.arange(24.0)
+        changed = {name: tensor.clone() for name, tensor in tensors.items()}
+        request.param(changed)
         real(path, header, changed, **options)
 
     monkeypatch.setattr(checkpoint, "write", write)
 
 
-def test_a_file_that_computes_something_else_is_caught(quantize, demo, tampering):
+@pytest.mark.parametrize("tampering", [shift, double, choose_another, spoil], indirect=True)
+@pytest.mark.parametrize("existing", [True, False])
+def test_a_file_that_computes_something_else_is_not_written(quantize, demo, tampering, existing):
+    if existing:
+        OUT.write_bytes(b"mine")
+    before = sorted(Path.cwd().rglob("*"))
     with pytest.raises(QtoolError, match="computes other outputs than calibration"):
-        quantize(demo, out=OUT)
+        quantize(demo, out=OUT, overwrite=existing)
+    assert sorted(Path.cwd().rglob("*")) == before
+    assert not existing or OUT.read_bytes() == b"mine"
 
 
+@pytest.mark.parametrize("tampering", [choose_another], indirect=True)
 def test_the_check_can_be_left_out(quantize, demo, tampering):
     assert "verify" not in quantize(demo, out=OUT, verify=False).summary
 

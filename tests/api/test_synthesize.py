@@ -9,7 +9,7 @@ from PIL import Image
 
 from qtool.api import synthesize as api
 from qtool.api.synthesize import plan_images, synthesize_images
-from qtool.errors import CheckpointError, OutputExistsError, UsageError
+from qtool.errors import CheckpointError, MissingError, OutputExistsError, UsageError
 from qtool.io import images
 from qtool.methods.spdfq import synthesis
 from qtool.models import vision
@@ -175,6 +175,25 @@ def test_existing_pictures_can_be_replaced(demo):
     before = tensors_of()[1]["images"]
     synthesize_images(settings(demo, overwrite=True, seed=1))
     assert not torch.equal(tensors_of()[1]["images"], before)
+
+
+def test_pictures_of_a_longer_run_do_not_stay(demo):
+    synthesize_images(settings(demo, count=5, method="noise"))
+    mine = [Path("pictures/images/mine.png"), Path("pictures/images/7.png")]
+    for path in mine:
+        path.write_bytes(b"mine")
+    synthesize_images(settings(demo, overwrite=True, count=2, method="noise"))
+    left = sorted(Path("pictures/images").iterdir())
+    assert left == sorted([*mine, *(Path(f"pictures/images/{i:05d}.png") for i in range(2))])
+
+
+def test_a_plan_refuses_what_the_run_would(no_weights, demo):
+    with pytest.raises(UsageError, match="no model called 'deit_tt'") as caught:
+        plan_images(settings("deit_tt"))
+    assert "deit_t" in caught.value.remedy
+    with pytest.raises(MissingError, match="no weights file absent"):
+        plan_images(settings("deit_t", weights="absent"))
+    assert plan_images(settings(demo)).summary["architecture"] == "demo_vit"
 
 
 def test_a_plan_loads_no_weights(no_weights):

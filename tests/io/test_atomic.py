@@ -161,3 +161,21 @@ def test_killed_process_leaves_no_half_file_and_its_remains_are_swept(tmp_path):
     assert not path.exists()
     assert len(atomic.sweep(tmp_path)) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_check_sees_the_whole_file_and_can_refuse_it(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    seen = []
+
+    def refuse(temporary):
+        seen.append(temporary.read_bytes())
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        atomic.write_file(path, b"new", overwrite=True, check=refuse)
+    assert seen == [b"new"]
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+    atomic.write_file(path, b"new", overwrite=True, check=lambda temporary: None)
+    assert path.read_bytes() == b"new"

@@ -123,6 +123,28 @@ def test_existing_file_is_kept(tmp_path):
     checkpoint.write(tmp_path / "a", header, tensors, overwrite=True)
 
 
+def test_layers_keep_their_order_and_nothing_else_does(tmp_path):
+    header, tensors = _model()
+    values = header.model_dump()
+    attention = values["layers"]["blocks.0.attn"]
+    values["layers"] |= {"blocks.2.attn": attention, "blocks.10.attn": attention}
+    checkpoint.write(tmp_path / "a", Header(**values), tensors)
+    found = checkpoint.read_header(tmp_path / "a")
+    assert list(found.layers) == list(values["layers"])
+    values["provenance"] = dict(reversed(values["provenance"].items()))
+    checkpoint.write(tmp_path / "b", Header(**values), tensors)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_byte_zero_points_of_eight_bits(tmp_path):
+    header, tensors = _model(8)
+    zero_point = torch.arange(9, dtype=torch.uint8) * 31
+    tensors["blocks.0.attn.qkv.weight_zero_point"] = zero_point
+    checkpoint.write(tmp_path / "a", header, tensors)
+    found = checkpoint.read(tmp_path / "a")[1]["blocks.0.attn.qkv.weight_zero_point"]
+    assert torch.equal(found, zero_point)
+
+
 def test_zero_points_may_be_bytes_and_scales_half(tmp_path):
     header, tensors = _model()
     for name in list(tensors):

@@ -121,3 +121,10 @@ def test_units_run_in_the_order_given(make):
 def test_other_networks_are_refused(name):
     with pytest.raises(UsageError, match="no softmax attention"):
         layout(vision.build(name, {}, device="meta"))
+
+
+def test_gated_attention_is_refused():
+    model = vit()
+    model.blocks[0].attn.gate = torch.nn.Linear(4, 4)
+    with pytest.raises(UsageError, match="no softmax attention"):
+        layout(model)

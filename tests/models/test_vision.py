@@ -210,6 +210,43 @@ def test_unknown_name_lists_near_ones():
     assert "deit_t" in caught.value.remedy
 
 
+@pytest.mark.parametrize(
+    ("name", "architecture"),
+    [
+        ("demo_vit", "demo_vit"),
+        ("deit_t", "deit_tiny_patch16_224.fb_in1k"),
+        ("vit_tiny_patch16_224", TIMM),
+        ("hf-hub:owner/name", "hf-hub:owner/name"),
+    ],
+)
+def test_names_resolve_without_weights(name, architecture, no_sockets, monkeypatch):
+    monkeypatch.setattr(sources, "fetch", None)
+    assert vision.resolve(name) == architecture
+
+
+def test_files_and_folders_resolve_by_what_they_say(tiny_file, local_dir, no_sockets):
+    assert vision.resolve(str(tiny_file)) == TIMM
+    assert vision.resolve("deit_t", weights=tiny_file) == "deit_tiny_patch16_224.fb_in1k"
+    assert vision.resolve(f"local-dir:{local_dir}") == "vit_tiny_patch16_224"
+
+
+@pytest.mark.parametrize("name", ["deit_tt", "resnet18.nonsense", "owner/name"])
+def test_what_cannot_be_opened_does_not_resolve(name):
+    with pytest.raises(UsageError) as opening:
+        vision.open_model(name)
+    with pytest.raises(UsageError) as resolving:
+        vision.resolve(name)
+    assert (resolving.value.message, resolving.value.remedy) == (
+        opening.value.message,
+        opening.value.remedy,
+    )
+
+
+def test_absent_weights_do_not_resolve(tmp_path):
+    with pytest.raises(MissingError, match="no weights file"):
+        vision.resolve("hf-hub:owner/name", weights=tmp_path / "absent")
+
+
 def test_unknown_tag_lists_known_ones():
     with pytest.raises(UsageError) as caught:
         vision.open_model("resnet18.nonsense")

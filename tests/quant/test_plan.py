@@ -88,6 +88,7 @@ def test_nothing_left_to_quantize_is_an_error(tiny_vit):
         ({"kernel_size": 4, "stride": 4}, True),
         ({"kernel_size": (4, 2), "stride": (4, 2)}, True),
         ({"kernel_size": 4, "stride": 2}, False),
+        ({"kernel_size": 4, "stride": 4, "padding": "valid"}, True),
         ({"kernel_size": 4, "stride": 4, "padding": 1}, False),
         ({"kernel_size": 4, "stride": 4, "groups": 2}, False),
         ({"kernel_size": 4, "stride": 4, "dilation": 2}, False),

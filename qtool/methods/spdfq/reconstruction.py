@@ -49,7 +49,7 @@ class UnitRecord:
     Attributes:
         name: The block.
         before: Squared output error relative to the output's power, after choosing ranges.
-        after: The same after training.
+        after: The same after training; never above `before`.
     """
 
     name: str
@@ -188,15 +188,12 @@ def _feeds_within(
 
 def _train(
     unit: nn.Module,
-    layers: Sequence[SimulatedLayer],
+    trained: Sequence[nn.Parameter],
     x: Tensor,
     kwargs: dict[str, Any],
     target: Tensor,
     config: ReconstructionConfig,
 ) -> None:
-    trained = [
-        p for layer in layers if isinstance(layer, SimulatedLinear) for p in layer.parameters()
-    ]
     if not trained or config.steps == 0:
         return
     for parameter in trained:
@@ -253,8 +250,15 @@ def reconstruct(
             feeds = _feeds_within(model, name, norms)
             _choose_ranges(layers, unit, x[: 4 * batch], kwargs, feeds)
             before = _relative_error(_apply(unit, x, kwargs, batch), target)
-            _train(unit, layers, x, kwargs, target, config)
+            trained = [p for m in layers if isinstance(m, SimulatedLinear) for p in m.parameters()]
+            untrained = [parameter.detach().clone() for parameter in trained]
+            _train(unit, trained, x, kwargs, target, config)
             after = _relative_error(_apply(unit, x, kwargs, batch), target)
+            if not after <= before:
+                with torch.no_grad():
+                    for parameter, value in zip(trained, untrained, strict=True):
+                        parameter.copy_(value)
+                after = before
             records.append(UnitRecord(name, before, after))
         if progress is not None:
             progress("reconstruct", index + 1, len(units), name)

@@ -1,0 +1,175 @@
+"""What `qtool eval` measures: float models and checkpoints, opened alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from qtool.api.load import load
+from qtool.api.runtime import notice
+from qtool.errors import CheckpointError, QtoolError, UsageError
+from qtool.io import checkpoint
+from qtool.models import vision
+from qtool.settings import EvaluateSettings
+
+
+@dataclass
+class Target:
+    """A model under test.
+
+    Attributes:
+        label: What to call it in tables.
+        model: The module.
+        data: Preprocessing.
+        labels_kind: "imagenet", "demo" or "".
+        header: The checkpoint's header, for quantized targets.
+        bytes: Size of the file, or of float32 weights.
+    """
+
+    label: str
+    model: nn.Module
+    data: vision.DataConfig
+    labels_kind: str
+    header: checkpoint.Header | None
+    bytes: int
+
+    @property
+    def classes(self) -> int:
+        """Width of the output."""
+        return int(getattr(self.model, "num_classes", 0))
+
+
+def is_checkpoint(name: str) -> bool:
+    """Tell whether a target is a file that claims to be a checkpoint of ours."""
+    path = Path(name)
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    try:
+        checkpoint.read_header(path)
+    except CheckpointError as error:
+        if "is not a qtool checkpoint" in error.message and _is_foreign_weights(path):
+            return False
+        raise
+    return True
+
+
+def _is_foreign_weights(path: Path) -> bool:
+    """Tell whether a safetensors file holds plain weights that `open_model` may know."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return "qtool.config" not in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
+def open_target(name: str, *, weights: str, offline: bool, device: torch.device) -> Target:
+    """Open a checkpoint or a float model."""
+    if is_checkpoint(name):
+        model = load(name, device=device)
+        header: checkpoint.Header = model.qtool_config  # type: ignore[assignment]
+        demo = header.architecture == "demo_vit"
+        classes = int(getattr(model, "num_classes", 0))
+        return Target(
+            label=f"{header.active_bits} ({Path(name).name})",
+            model=model,
+            data=vision.DataConfig.from_dict(header.data),
+            labels_kind="demo" if demo else "imagenet" if classes == 1000 else "",
+            header=header,
+            bytes=Path(name).stat().st_size,
+        )
+    opened = vision.open_model(name, weights=weights, offline=offline, device=device)
+    return Target(
+        label=f"float32 ({opened.architecture})",
+        model=opened.model,
+        data=opened.data,
+        labels_kind=opened.labels_kind,
+        header=None,
+        bytes=sum(p.numel() * 4 for p in opened.model.parameters()),
+    )
+
+
+def check_names(settings: EvaluateSettings) -> str:
+    """Check target and baseline from headers alone.
+
+    Returns:
+        The architecture of the target.
+
+    Raises:
+        QtoolError: One of them is unknown, absent or damaged.
+    """
+    is_ours = is_checkpoint(settings.target)
+    header = checkpoint.read_header(Path(settings.target)) if is_ours else None
+    architecture = (
+        vision.resolve(settings.target, weights=settings.weights)
+        if header is None
+        else header.architecture
+    )
+    baseline = _baseline(settings, header)
+    if baseline is not None and not _is_optional(settings) and not is_checkpoint(baseline[0]):
+        vision.resolve(baseline[0], weights=baseline[1])
+    return architecture
+
+
+def open_baseline(
+    settings: EvaluateSettings, target: Target, device: torch.device
+) -> Target | None:
+    """Open the model to measure beside the target: the one named, or a checkpoint's float source.
+
+    Raises:
+        UsageError: It cannot take the target's pictures.
+        QtoolError: It was named, by `--baseline` or by its `--weights`, and cannot be opened.
+    """
+    named = _baseline(settings, target.header)
+    if named is None:
+        return None
+    name, weights = named
+    try:
+        baseline = open_target(name, weights=weights, offline=settings.offline, device=device)
+    except QtoolError as error:
+        if not _is_optional(settings):
+            raise
+        notice.warning(
+            "no float baseline: %s; name its weights with --weights, or a model with --baseline",
+            error.message,
+        )
+        return None
+    for what, theirs, ours in (
+        ("the input size", baseline.data.input_size, target.data.input_size),
+        ("the mean", baseline.data.mean, target.data.mean),
+        ("the standard deviation", baseline.data.std, target.data.std),
+        ("the number of classes", baseline.classes, target.classes),
+    ):
+        if theirs != ours:
+            raise UsageError(
+                f"{baseline.label} cannot be the baseline of {target.label}: "
+                f"{what} is {theirs}, not {ours}",
+                remedy="name another model with --baseline, or other weights with --weights",
+            )
+    return baseline
+
+
+def _is_optional(settings: EvaluateSettings) -> bool:
+    """Tell whether nobody named a baseline, so that one is only taken if it is there."""
+    return settings.baseline is None and settings.weights == "pretrained"
+
+
+def _baseline(
+    settings: EvaluateSettings, header: checkpoint.Header | None
+) -> tuple[str, str] | None:
+    """Name and weights of the model to measure beside a target."""
+    if settings.baseline is not None:
+        return settings.baseline, "pretrained" if header is None else settings.weights
+    if header is None:
+        return None
+    name = str(header.provenance.get("source", header.architecture))
+    if settings.weights != "pretrained":
+        # The file or folder that was the model may have moved; its architecture is the same.
+        is_path = name.endswith(".safetensors") or name.startswith("local-dir:")
+        return header.architecture if is_path else name, settings.weights
+    recorded = Path(str(header.provenance.get("weights_source", "")))
+    return name, str(recorded) if recorded.is_file() else "pretrained"
