@@ -14,6 +14,7 @@ is a bijection of the pair, so no seed can draw a held-out picture again.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,11 +24,39 @@ from qtool.demo.shapes import PATTERNS, SHAPES, pattern_weight, signed_distance
 from qtool.errors import UsageError
 
 MAX_SEED = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Difficulty:
+    """How much stands between a viewer and the class of a picture.
+
+    Attributes:
+        behind: Small shapes that may lie behind the subject; one may always lie before it.
+        lines: Chance of a line behind the subject; one before it is a little rarer.
+        noise: Largest standard deviation of the noise.
+        radius: Smallest radius of the subject, in half pictures.
+        margin: Smallest difference in light between subject and ground.
+        contrast: Smallest difference in light between the two colours of a pattern.
+    """
+
+    behind: int = 2
+    lines: float = 0.6
+    noise: float = 0.09
+    radius: float = 0.55
+    margin: float = 0.12
+    contrast: float = 0.22
+
+
+FULL = Difficulty()
+"""What held-out pictures have."""
+
+EASY = Difficulty(behind=1, lines=0.4, noise=0.07, radius=0.62, margin=0.16, contrast=0.3)
+"""What a small model learns from several times faster."""
+
 _HELD_OUT_STREAM = MAX_SEED + 1
 _MAX_INDEX = 2**31 - 1
 _SLOTS = 96
 _CHUNK_PIXELS = 24 * 4096
-_BEHIND, _BEFORE = 1, 1
 _TAU = 2 * math.pi
 
 
@@ -43,6 +72,7 @@ def draw(
     seed: int = 0,
     start: int = 0,
     labels: Tensor | None = None,
+    difficulty: Difficulty = FULL,
 ) -> tuple[Tensor, Tensor]:
     """Draw pictures `start` to `start + count - 1` of the stream `seed`.
 
@@ -52,6 +82,7 @@ def draw(
         seed: Stream of pictures, 0..2^31-1.
         start: Index of the first picture in its stream.
         labels: Classes to draw, shape (count,); drawn at random when absent.
+        difficulty: Clutter, noise and contrast.
 
     Returns:
         Pictures (count, 3, size, size), float32 multiples of 1/255 in 0..1, and labels (count,),
@@ -64,7 +95,7 @@ def draw(
         raise UsageError(
             f"the seed {seed} is outside 0..{MAX_SEED}", remedy="choose a seed in that range"
         )
-    return _draw(count, size=size, stream=seed, start=start, labels=labels)
+    return _draw(count, size=size, stream=seed, start=start, labels=labels, difficulty=difficulty)
 
 
 def held_out(count: int, size: int = 64, *, start: int = 0) -> tuple[Tensor, Tensor]:
@@ -84,11 +115,19 @@ def held_out(count: int, size: int = 64, *, start: int = 0) -> tuple[Tensor, Ten
         UsageError: A number is out of range.
     """
     labels = (torch.arange(start, start + max(count, 0)) % len(class_names())).long()
-    return _draw(count, size=size, stream=_HELD_OUT_STREAM, start=start, labels=labels)
+    return _draw(
+        count, size=size, stream=_HELD_OUT_STREAM, start=start, labels=labels, difficulty=FULL
+    )
 
 
 def _draw(
-    count: int, *, size: int, stream: int, start: int, labels: Tensor | None
+    count: int,
+    *,
+    size: int,
+    stream: int,
+    start: int,
+    labels: Tensor | None,
+    difficulty: Difficulty,
 ) -> tuple[Tensor, Tensor]:
     classes = len(class_names())
     if count < 0 or start < 0 or start + count > _MAX_INDEX:
@@ -113,7 +152,7 @@ def _draw(
     step = max(1, _CHUNK_PIXELS // (size * size))
     for first in range(0, count, step):
         part = slice(first, first + step)
-        pictures[part] = _render(keys[part], labels[part], size)
+        pictures[part] = _render(keys[part], labels[part], size, difficulty)
     return pictures, labels.long()
 
 
@@ -155,7 +194,7 @@ def _colour(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
     return value * (1 - saturation * wheel)
 
 
-def _render(keys: Tensor, labels: Tensor, size: int) -> Tensor:
+def _render(keys: Tensor, labels: Tensor, size: int, difficulty: Difficulty) -> Tensor:
     """Draw one chunk: keys (B,), labels (B,) -> (B, 3, size, size)."""
     dice = _Dice(keys)
     axis = (torch.arange(size, dtype=torch.float32) + 0.5) * (2 / size) - 1
@@ -165,13 +204,12 @@ def _render(keys: Tensor, labels: Tensor, size: int) -> Tensor:
     light = dice.range(0.12, 0.95)
     hue = dice.range(0, 1)
     picture = _background(dice, x, y, hue, light)
-    for _ in range(_BEHIND):
+    for _ in range(difficulty.behind):
         _add_small_shape(dice, picture, x, y, pixel, reach=1.0)
-    _add_line(dice, picture, x, y, pixel, present=0.4)
-    _add_subject(dice, picture, labels, x, y, pixel, light)
-    for _ in range(_BEFORE):
-        _add_small_shape(dice, picture, x, y, pixel, reach=0.7)
-    _add_line(dice, picture, x, y, pixel, present=0.3)
+    _add_line(dice, picture, x, y, pixel, present=difficulty.lines)
+    _add_subject(dice, picture, labels, x, y, pixel, light, difficulty)
+    _add_small_shape(dice, picture, x, y, pixel, reach=0.7)
+    _add_line(dice, picture, x, y, pixel, present=difficulty.lines - 0.1)
 
     angle = dice.range(0, _TAU)
     slope = dice.range(0, 0.35)
@@ -179,7 +217,7 @@ def _render(keys: Tensor, labels: Tensor, size: int) -> Tensor:
     picture = (picture * shade[:, None]).view(-1, 3, size, size)
 
     picture.lerp_(_blurred(picture, max(1, round(size / 64))), dice.range(0, 0.8)[:, :, None, None])
-    strength = dice.range(0, 1).square() * 0.07
+    strength = dice.range(0, 1).square() * difficulty.noise
     picture += _noise(keys, size) * strength[:, :, None, None]
     return picture.mul_(255).round_().clamp_(0, 255).div_(255)
 
@@ -231,10 +269,17 @@ def _add_line(
 
 
 def _add_subject(
-    dice: _Dice, picture: Tensor, labels: Tensor, x: Tensor, y: Tensor, pixel: float, light: Tensor
+    dice: _Dice,
+    picture: Tensor,
+    labels: Tensor,
+    x: Tensor,
+    y: Tensor,
+    pixel: float,
+    light: Tensor,
+    difficulty: Difficulty,
 ) -> None:
     shape, pattern = labels // len(PATTERNS), labels % len(PATTERNS)
-    radius, stretch = dice.range(0.62, 0.95), torch.exp(dice.range(-0.15, 0.15))
+    radius, stretch = dice.range(difficulty.radius, 0.95), torch.exp(dice.range(-0.15, 0.15))
     room = 1.1 - radius
     centre_x, centre_y = dice.range(-1, 1) * room, dice.range(-1, 1) * room
     angle = dice.range(0, _TAU)
@@ -253,9 +298,9 @@ def _add_subject(
 
     # Both paints keep away from the light of the ground, and from each other, by a margin that
     # varies: this margin, with the noise, is what makes some pictures hard.
-    margin = dice.range(0.16, 0.5)
+    margin = dice.range(difficulty.margin, 0.5)
     value = torch.where(light + dice.range(-0.3, 0.3) > 0.5, light - margin, light + margin)
-    contrast = dice.range(0.3, 0.65)
+    contrast = dice.range(difficulty.contrast, 0.65)
     other = torch.where(value > 0.5, value - contrast, value + contrast)
     hue = dice.range(0, 1)
     first = _colour(hue, dice.range(0, 0.7), value.clamp(0.03, 1))

@@ -22,6 +22,9 @@ from qtool.quant.attention import ATTENTION_CLASSES
 from qtool.quant.plan import LayerPlan, replace_module
 from qtool.quant.simulation import SimulatedLayer, SimulatedLinear, SimulatedProducts
 
+RANGE_IMAGES = 32
+"""Images whose activations set the ranges of a block."""
+
 
 @dataclass(frozen=True)
 class ReconstructionConfig:
@@ -36,8 +39,8 @@ class ReconstructionConfig:
     """
 
     steps: int = 100
-    learning_rate: float = 4e-5
-    batch_size: int = 32
+    learning_rate: float = 1.5e-4
+    batch_size: int = 8
     seed: int = 0
     bfloat16: bool = False
 
@@ -248,7 +251,7 @@ def reconstruct(
             x, kwargs = _gather(model, name, images, after=False, batch_size=batch)
             target, _ = _gather(reference, name, images, after=True, batch_size=batch)
             feeds = _feeds_within(model, name, norms)
-            _choose_ranges(layers, unit, x[: 4 * batch], kwargs, feeds)
+            _choose_ranges(layers, unit, x[:RANGE_IMAGES], kwargs, feeds)
             before = _relative_error(_apply(unit, x, kwargs, batch), target)
             trained = [p for m in layers if isinstance(m, SimulatedLinear) for p in m.parameters()]
             untrained = [parameter.detach().clone() for parameter in trained]

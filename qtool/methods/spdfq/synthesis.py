@@ -21,7 +21,13 @@ from torch import Tensor, nn
 
 from qtool.errors import CheckpointError, Progress
 from qtool.methods.spdfq import losses
-from qtool.methods.spdfq.priors import Box, attention_priors, patch_boxes, soft_labels
+from qtool.methods.spdfq.priors import (
+    Box,
+    attention_priors,
+    natural_noise,
+    patch_boxes,
+    soft_labels,
+)
 from qtool.models.vision import Layout
 
 Method = Literal["spdfq", "psaq", "noise"]
@@ -31,6 +37,9 @@ ROUNDS = 2
 
 JITTER = 15 / 224
 """Largest circular shift in the first round, in parts of the image's side."""
+
+BRIGHTNESS, CONTRAST = 0.45, 0.25
+"""Mean and standard deviation of the pixels SPDFQ starts from, of 0..1; about a photograph's."""
 
 _CHECKPOINT_EVERY = 50
 _SEED_STRIDE = 1_000_003
@@ -168,11 +177,15 @@ class BatchSynthesizer:
         self.alignment_weight = config.alignment_weight
         self.history: list[dict[str, float]] = []
         self._generator = _seeded(config.seed * _SEED_STRIDE + batch)
-        noise = torch.randn((count, 3, *size), generator=self._generator)
-        self.pixels = noise.to(self.device).requires_grad_(True)
         channel = (1, -1, 1, 1)
         scale = torch.tensor(std).view(channel)
         offset = torch.tensor(mean).view(channel)
+        if config.method == "spdfq":
+            drawn = natural_noise(count, size=size, generator=self._generator)
+            start = ((BRIGHTNESS + CONTRAST * drawn).clamp(0.0, 1.0) - offset) / scale
+        else:
+            start = torch.randn((count, 3, *size), generator=self._generator)
+        self.pixels = start.to(self.device).requires_grad_(True)
         self._low = ((0.0 - offset) / scale).to(self.device)
         self._high = ((1.0 - offset) / scale).to(self.device)
         self._draw_targets(count, num_classes)
