@@ -4,10 +4,10 @@
 
 Every step draws fresh pictures, so there is nothing to overfit and no augmentation. They are less
 cluttered than those that accuracy is measured on: a model this small learns from them several times
-faster. Two more choices make about an hour of one CPU core enough. The patch embedding starts as a whitening transform:
-most of the variance of a patch is its mean colour, which says nothing about the class, and a
-random embedding passes little else. And the matrices of the blocks are trained with Muon, the rest
-with AdamW.
+faster. Two more choices make about an hour of one CPU core enough. The patch embedding starts as a
+whitening transform: most of the variance of a patch is its mean colour, which says nothing about
+the class, and a random embedding passes little else. And the matrices of the blocks are trained
+with Muon, the rest with AdamW.
 
 The weights are kept in half precision on disk; the accuracy in the metadata is that of the stored
 weights, in float32, on held-out pictures.

@@ -62,8 +62,8 @@ def natural_noise(
         slope: Exponent of the fall in amplitude.
 
     Returns:
-        (count, 3, H, W) with mean 0 and standard deviation 1; the channels share most of their
-        variance, as the colours of photographs do.
+        (count, 3, H, W) with standard deviation 1 around a brightness of its own that is 0 on
+        average; the channels share most of their variance, as the colours of photographs do.
 
     Reference: Field 1987, relations between the statistics of natural images.
     """

@@ -10,8 +10,7 @@ References: SPDFQ (arXiv 2412.16553); PSAQ-ViT (arXiv 2203.02250).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -28,6 +27,7 @@ from qtool.methods.spdfq.priors import (
     patch_boxes,
     soft_labels,
 )
+from qtool.methods.spdfq.taps import tapped, unfused
 from qtool.models.vision import Layout
 
 Method = Literal["spdfq", "psaq", "noise"]
@@ -95,39 +95,6 @@ class SyntheticImages:
     agreement: Tensor
     patch_agreement: Tensor
     history: list[dict[str, float]] = field(default_factory=list)
-
-
-@contextmanager
-def _unfused(model: nn.Module, names: list[str]) -> Iterator[None]:
-    """Make attention modules compute their softmax map in the open."""
-    modules = [model.get_submodule(name) for name in names]
-    before = [bool(module.fused_attn) for module in modules]
-    for module in modules:
-        module.fused_attn = False  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for module, fused in zip(modules, before, strict=True):
-            module.fused_attn = fused  # type: ignore[assignment]
-
-
-@contextmanager
-def _tapped(model: nn.Module, names: list[str], *, source: str) -> Iterator[list[Tensor]]:
-    """Record, in forward order, what enters the child `source` of some attention modules."""
-    store: list[Tensor] = []
-
-    def record(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        store.append(inputs[0])
-
-    handles = [
-        model.get_submodule(name).get_submodule(source).register_forward_pre_hook(record)
-        for name in names
-    ]
-    try:
-        yield store
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def learning_rate_at(step: int, *, steps: int, peak: float) -> float:
@@ -326,12 +293,12 @@ class BatchSynthesizer:
         drawn = self._drawn_boxes()
         patches = self._jitter(self._patches(self.pixels, [self.boxes[i] for i in drawn]))
         with (
-            _unfused(self.model, self._open_sites()),
-            _tapped(self.model, [site.name for site in self._sites], source="attn_drop") as tapped,
+            unfused(self.model, self._open_sites()),
+            tapped(self.model, [site.name for site in self._sites], source="attn_drop") as caught,
         ):
             logits = self._forward(torch.cat((images, patches)))
         total = len(images) + len(patches)
-        maps = [m[: m.shape[0] * len(images) // total] for m in tapped]
+        maps = [m[: m.shape[0] * len(images) // total] for m in caught]
         rows = [
             losses.class_attention(
                 probabilities,
@@ -358,12 +325,12 @@ class BatchSynthesizer:
 
     def _psaq_terms(self, images: Tensor) -> dict[str, Tensor]:
         with (
-            _unfused(self.model, self._open_sites()),
-            _tapped(self.model, [site.name for site in self._sites], source="proj") as tapped,
+            unfused(self.model, self._open_sites()),
+            tapped(self.model, [site.name for site in self._sites], source="proj") as caught,
         ):
             logits = self._forward(images)
         entropy = self.pixels.new_zeros(())
-        for values, site in zip(tapped, self._sites, strict=True):
+        for values, site in zip(caught, self._sites, strict=True):
             prefix = self.layout.prefix_tokens if site.kind == "tokens" else 0
             per_head = values.unflatten(-1, (site.heads, -1)).mean(dim=-2)
             entropy = entropy + losses.patch_similarity_entropy(per_head[:, prefix:])

@@ -5,7 +5,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtool.methods.spdfq.priors import Box, attention_priors, patch_boxes, soft_labels
+from qtool.methods.spdfq.priors import (
+    Box,
+    attention_priors,
+    natural_noise,
+    patch_boxes,
+    soft_labels,
+)
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -122,3 +128,19 @@ def test_soft_labels_have_the_mass_of_the_paper():
     """With 1000 classes a single target has half of the mass on average."""
     labels = soft_labels([[7]] * 2000, num_classes=1000, generator=seeded(0))
     assert float(labels[:, 7].mean()) == pytest.approx(0.51, abs=0.02)
+
+
+def test_natural_noise_has_large_areas_where_white_noise_has_none():
+    generator = torch.Generator().manual_seed(0)
+    natural = natural_noise(4, size=(64, 96), generator=generator)
+    assert natural.shape == (4, 3, 64, 96)
+    assert 0.8 < natural.std(dim=(2, 3)).mean() < 1.1
+    many = natural_noise(200, size=(16, 16), generator=generator)
+    assert abs(float(many.mean())) < 0.15
+    white = torch.randn(4, 3, 64, 96, generator=generator)
+    coarse = [torch.nn.functional.avg_pool2d(x, 8).std() for x in (natural, white)]
+    assert coarse[0] > 5 * coarse[1]
+    red, green = natural[:, 0].flatten(), natural[:, 1].flatten()
+    assert float(torch.corrcoef(torch.stack((red, green)))[0, 1]) > 0.6
+    again = natural_noise(4, size=(64, 96), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(natural, again)

@@ -230,22 +230,23 @@ def test_patches_are_blown_up_crops(vit):
     for patch, box in zip(patches, maker.boxes, strict=True):
         rows, columns = slice(box.top, box.top + box.side), slice(box.left, box.left + box.side)
         crop = maker.pixels[box.image, :, rows, columns]
-        assert float(patch.detach().amax()) <= float(crop.detach().amax())
+        assert float(patch.detach().amax()) <= float(crop.detach().amax()) + 1e-6
         torch.testing.assert_close(patch[:, 0, 0], crop[:, 0, 0])
         torch.testing.assert_close(patch[:, -1, -1], crop[:, -1, -1])
 
 
 def test_a_large_weight_aligns_attention_with_its_priors(vit, monkeypatch):
     monkeypatch.setattr(synthesis, "JITTER", 0.0)
-    made = run(vit, steps=80, alignment_weight=1e5, variation_weight=0.0)
+    config = {"variation_weight": 0.0, "learning_rate": 0.05}
+    made = run(vit, steps=100, alignment_weight=1e5, **config)
     first, last = made.history[0]["alignment"], made.history[-1]["alignment"]
     assert last < first / 3
-    without = run(vit, steps=80, alignment_weight=0.0, variation_weight=0.0)
+    without = run(vit, steps=100, alignment_weight=0.0, **config)
     assert without.history[-1]["alignment"] > 2 * last
 
 
 def test_classification_and_variation_approach_their_targets(vit):
-    made = run(vit, steps=60, method="spdfq")
+    made = run(vit, steps=60, method="spdfq", alignment_weight=0.0)
     first, last = made.history[0], made.history[-1]
     assert last["classification"] < first["classification"]
     assert last["variation"] < first["variation"]
