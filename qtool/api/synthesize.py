@@ -18,7 +18,8 @@ from qtool.api.runtime import bfloat16_is_faster, notice, prepare
 from qtool.errors import CheckpointError, Progress, UsageError
 from qtool.io import container, folders, images
 from qtool.io.atomic import sweep, write_file
-from qtool.methods.spdfq.synthesis import Method, SynthesisConfig, SyntheticImages, synthesize
+from qtool.methods.spdfq.batch import Method, SynthesisConfig, SyntheticImages
+from qtool.methods.spdfq.synthesis import synthesize
 from qtool.models import vision
 from qtool.report import Picture, Result, Table
 from qtool.settings import SynthesizeSettings

@@ -19,7 +19,7 @@ from qtool.errors import (
 )
 from qtool.io import checkpoint
 from qtool.io.cache import sha256_file
-from qtool.methods.spdfq import synthesis
+from qtool.methods.spdfq import batch as batches
 from qtool.models import vision
 from qtool.settings import QuantizeSettings, SynthesizeSettings
 
@@ -261,7 +261,7 @@ def test_progress_is_told_stage_by_stage(quantize, demo):
 
 
 def test_a_killed_run_goes_on_and_writes_the_same_file(quantize, demo, monkeypatch):
-    monkeypatch.setattr(synthesis, "_CHECKPOINT_EVERY", 1)
+    monkeypatch.setattr(batches, "_CHECKPOINT_EVERY", 1)
     monkeypatch.setattr(synthesize_api, "_SAVE_SECONDS", 0.0)
     quantize(demo, data_free=True, out=Path("whole.safetensors"))
 

@@ -11,7 +11,7 @@ from qtool.api import synthesize as api
 from qtool.api.synthesize import plan_images, synthesize_images
 from qtool.errors import CheckpointError, MissingError, OutputExistsError, UsageError
 from qtool.io import images
-from qtool.methods.spdfq import synthesis
+from qtool.methods.spdfq import batch as batches
 from qtool.models import vision
 from qtool.settings import SynthesizeSettings
 
@@ -101,7 +101,7 @@ def test_the_same_seed_writes_the_same_pictures(demo):
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_images(demo, monkeypatch):
-    monkeypatch.setattr(synthesis, "_CHECKPOINT_EVERY", 1)
+    monkeypatch.setattr(batches, "_CHECKPOINT_EVERY", 1)
     monkeypatch.setattr(api, "_SAVE_SECONDS", 0.0)
     options = {"steps": 6, "count": 4, "batch_size": 2}
     synthesize_images(settings(demo, out=Path("whole"), **options))
@@ -134,7 +134,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_images(demo, monkeypatch):
 
 
 def test_a_state_is_saved_only_now_and_then(demo, monkeypatch):
-    monkeypatch.setattr(synthesis, "_CHECKPOINT_EVERY", 1)
+    monkeypatch.setattr(batches, "_CHECKPOINT_EVERY", 1)
     written = []
     real = api.container.write_container
 

@@ -4,13 +4,10 @@ import pytest
 import torch
 
 from qtool.errors import CheckpointError
-from qtool.methods.spdfq import losses, synthesis
-from qtool.methods.spdfq.synthesis import (
-    BatchSynthesizer,
-    SynthesisConfig,
-    learning_rate_at,
-    synthesize,
-)
+from qtool.methods.spdfq import batch as batches
+from qtool.methods.spdfq import losses
+from qtool.methods.spdfq.batch import BatchSynthesizer, SynthesisConfig, learning_rate_at
+from qtool.methods.spdfq.synthesis import synthesize
 from qtool.models import vision
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -136,7 +133,7 @@ def test_every_batch_has_a_seed_of_its_own(vit):
 @pytest.mark.parametrize("last_step", [1, 3, 5])
 def test_an_interrupted_run_ends_with_the_same_images(vit, monkeypatch, config, last_step):
     """Three of six steps belong to each round of the schedule."""
-    monkeypatch.setattr(synthesis, "_CHECKPOINT_EVERY", 1)
+    monkeypatch.setattr(batches, "_CHECKPOINT_EVERY", 1)
     whole = run(vit, steps=6, **config)
     saved = {}
 
@@ -156,7 +153,7 @@ def test_an_interrupted_run_ends_with_the_same_images(vit, monkeypatch, config, 
 
 
 def test_a_run_interrupted_in_its_second_batch_ends_with_the_same_images(vit, monkeypatch):
-    monkeypatch.setattr(synthesis, "_CHECKPOINT_EVERY", 1)
+    monkeypatch.setattr(batches, "_CHECKPOINT_EVERY", 1)
     whole = run(vit, count=4, batch_size=2)
     saved = {}
 
@@ -236,7 +233,7 @@ def test_patches_are_blown_up_crops(vit):
 
 
 def test_a_large_weight_aligns_attention_with_its_priors(vit, monkeypatch):
-    monkeypatch.setattr(synthesis, "JITTER", 0.0)
+    monkeypatch.setattr(batches, "JITTER", 0.0)
     config = {"variation_weight": 0.0, "learning_rate": 0.05}
     made = run(vit, steps=100, alignment_weight=1e5, **config)
     first, last = made.history[0]["alignment"], made.history[-1]["alignment"]
@@ -344,7 +341,7 @@ def test_the_step_size_rises_and_falls_twice(steps):
 
 @pytest.mark.parametrize("method", ["spdfq", "psaq"])
 def test_a_resumed_run_keeps_priors_and_history(vit, monkeypatch, method):
-    monkeypatch.setattr(synthesis, "_CHECKPOINT_EVERY", 1)
+    monkeypatch.setattr(batches, "_CHECKPOINT_EVERY", 1)
     whole = run(vit, count=4, batch_size=2, method=method)
     saved = {}
 

@@ -1,0 +1,397 @@
+"""One batch of images and the optimiser that makes them: targets, loss terms, steps, state.
+
+References: SPDFQ (arXiv 2412.16553); PSAQ-ViT (arXiv 2203.02250).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qtool.errors import CheckpointError
+from qtool.methods.spdfq import losses
+from qtool.methods.spdfq.priors import (
+    Box,
+    attention_priors,
+    natural_noise,
+    patch_boxes,
+    soft_labels,
+)
+from qtool.methods.spdfq.taps import tapped, unfused
+from qtool.models.vision import Layout
+
+Method = Literal["spdfq", "psaq", "noise"]
+
+ROUNDS = 2
+"""The schedule restarts once, with twice the jitter (PSAQ-ViT)."""
+
+JITTER = 15 / 224
+"""Largest circular shift in the first round, in parts of the image's side."""
+
+BRIGHTNESS, CONTRAST = 0.45, 0.25
+"""Mean and standard deviation of the pixels SPDFQ starts from, of 0..1; about a photograph's."""
+
+_CHECKPOINT_EVERY = 50
+_SEED_STRIDE = 1_000_003
+
+
+@dataclass(frozen=True)
+class SynthesisConfig:
+    """How images are synthesized.
+
+    Attributes:
+        method: "spdfq", "psaq" or "noise".
+        steps: Optimiser steps per batch, over both rounds.
+        learning_rate: Peak step size of Adam in normalised pixel units.
+        seed: Base seed; every batch derives its own.
+        classes: Classes to draw from; empty means all.
+        variation_weight: Weight of the total-variation term.
+        alignment_weight: Weight of attention alignment (alpha 1); None picks the power of ten
+            that brings it level with the classification term at the first step.
+        patches_per_step: Patches that take part in one step, drawn afresh; None means all. The
+            mean over a draw estimates the mean over all, at a fraction of the cost.
+        bfloat16: Run the network's matrix products in bfloat16.
+    """
+
+    method: Method = "spdfq"
+    steps: int = 1000
+    learning_rate: float = 0.2
+    seed: int = 0
+    classes: tuple[int, ...] = ()
+    variation_weight: float = 0.05
+    alignment_weight: float | None = None
+    patches_per_step: int | None = None
+    bfloat16: bool = False
+
+
+@dataclass
+class SyntheticImages:
+    """Synthesized images and everything that was asked of them.
+
+    Attributes:
+        images: (N, 3, H, W), normalised as the model expects.
+        labels: Soft targets, (N, C).
+        boxes: Patch boxes of all images.
+        priors: Per attention site, the maps (N, H, T), or (N * windows, H, T) for windows.
+        agreement: Per image, whether the model's first choice is among the intended classes.
+        patch_agreement: Per box, whether the blown-up patch is seen as its class.
+        history: One record per reported step with the values of the loss terms.
+    """
+
+    images: Tensor
+    labels: Tensor
+    boxes: list[Box]
+    priors: dict[str, Tensor]
+    agreement: Tensor
+    patch_agreement: Tensor
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def learning_rate_at(step: int, *, steps: int, peak: float) -> float:
+    """Step size of a schedule with two rounds of linear warm-up and cosine decay."""
+    length = max(1, math.ceil(steps / ROUNDS))
+    warmup = max(1, length // 5)
+    place = step % length
+    if place < warmup:
+        return peak * (place + 1) / warmup
+    return 0.5 * peak * (1.0 + math.cos(math.pi * (place - warmup) / max(1, length - warmup)))
+
+
+class BatchSynthesizer:
+    """Optimises one batch of images.
+
+    Args:
+        model: Frozen classifier in evaluation mode.
+        layout: Its attention sites and token grid.
+        count: Images in the batch.
+        size: Height and width in pixels.
+        num_classes: Width of the classifier's output.
+        mean: Per-channel mean of the model's normalisation.
+        std: Per-channel standard deviation of the model's normalisation.
+        config: Settings.
+        batch: Index of the batch; it selects the seed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: Layout,
+        *,
+        count: int,
+        size: tuple[int, int],
+        num_classes: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        config: SynthesisConfig,
+        batch: int = 0,
+    ) -> None:
+        self.model = model
+        self.layout = layout
+        self.size = size
+        self.config = config
+        self.device = next(model.parameters()).device
+        self.step_index = 0
+        self.alignment_weight = config.alignment_weight
+        self.history: list[dict[str, float]] = []
+        self._generator = _seeded(config.seed * _SEED_STRIDE + batch)
+        channel = (1, -1, 1, 1)
+        scale = torch.tensor(std).view(channel)
+        offset = torch.tensor(mean).view(channel)
+        if config.method == "spdfq":
+            drawn = natural_noise(count, size=size, generator=self._generator)
+            start = ((BRIGHTNESS + CONTRAST * drawn).clamp(0.0, 1.0) - offset) / scale
+        else:
+            start = torch.randn((count, 3, *size), generator=self._generator)
+        self.pixels = start.to(self.device).requires_grad_(True)
+        self._low = ((0.0 - offset) / scale).to(self.device)
+        self._high = ((1.0 - offset) / scale).to(self.device)
+        self._draw_targets(count, num_classes)
+        self.optimizer = torch.optim.Adam([self.pixels], lr=0.0, betas=(0.5, 0.9), eps=1e-8)
+
+    def _draw_targets(self, count: int, num_classes: int) -> None:
+        generator = self._generator
+        classes = torch.tensor(self.config.classes or range(num_classes))
+        sites = self.layout.attentions
+        self.boxes: list[Box] = []
+        self.priors: list[Tensor] = []
+        if self.config.method == "spdfq":
+            self.boxes = patch_boxes(count, size=self.size, classes=classes, generator=generator)
+            self.intended: list[list[int]] = [[] for _ in range(count)]
+            for box in self.boxes:
+                self.intended[box.image].append(box.label)
+            names = self.intended + [[box.label] for box in self.boxes]
+            labels = soft_labels(names, num_classes=num_classes, generator=generator)
+            self.labels = labels[:count].to(self.device)
+            self._patch_labels = labels[count:].to(self.device)
+            self._sites = sites[len(sites) // 2 :]
+        else:
+            drawn = classes[torch.randint(len(classes), (count,), generator=generator)]
+            self.intended = [[int(label)] for label in drawn]
+            self.labels = F.one_hot(drawn, num_classes).float().to(self.device)
+            self._patch_labels = self.labels[:0]
+            self._sites = sites if self.config.method == "psaq" else ()
+        self._variation = losses.total_variation_target(self.pixels, generator=generator)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything needed to go on later, as tensors."""
+        moments = self.optimizer.state.get(self.pixels, {})
+        weight = -1.0 if self.alignment_weight is None else self.alignment_weight
+        return {
+            "pixels": self.pixels.detach().cpu().clone(),
+            "step": torch.tensor(self.step_index),
+            "alignment_weight": torch.tensor(weight, dtype=torch.float64),
+            "generator": self._generator.get_state(),
+            "history": torch.tensor(
+                [list(record.values()) for record in self.history], dtype=torch.float64
+            ),
+            **{f"prior.{index}": prior.cpu() for index, prior in enumerate(self.priors)},
+            **{
+                f"adam.{name}": value.detach().cpu().clone()
+                for name, value in moments.items()
+                if isinstance(value, Tensor)
+            },
+        }
+
+    def _terms(self) -> tuple[str, ...]:
+        """Keys of a record, in order."""
+        own = "alignment" if self.config.method == "spdfq" else "entropy"
+        pair = (own, "classification")
+        return (*pair, "step", "variation")
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from `state`; priors, boxes and labels follow from the seed.
+
+        Raises:
+            CheckpointError: The state belongs to other images.
+        """
+        if state["pixels"].shape != self.pixels.shape:
+            raise CheckpointError(
+                "the saved synthesis has images of another size or number",
+                remedy="start again without --resume, or into another folder",
+            )
+        with torch.no_grad():
+            self.pixels.copy_(state["pixels"])
+        self.step_index = int(state["step"])
+        weight = float(state["alignment_weight"])
+        self.alignment_weight = None if weight < 0 else weight
+        self._generator.set_state(state["generator"])
+        self.history = [
+            dict(zip(self._terms(), row, strict=True)) for row in state["history"].tolist()
+        ]
+        priors = [name for name in state if name.startswith("prior.")]
+        self.priors = [state[f"prior.{index}"].to(self.device) for index in range(len(priors))]
+        moments = {k.removeprefix("adam."): v for k, v in state.items() if k.startswith("adam.")}
+        if moments:
+            self.optimizer.state[self.pixels] = {
+                name: value if name == "step" else value.to(self.device)
+                for name, value in moments.items()
+            }
+
+    def _jitter(self, images: Tensor) -> Tensor:
+        """Shift by one random offset along both axes, circularly, and mirror half the time."""
+        in_second = self.step_index >= math.ceil(self.config.steps / ROUNDS)
+        limit = max(1, round(JITTER * min(self.size) * (2 if in_second else 1)))
+        shift = int(torch.randint(-limit, limit + 1, (), generator=self._generator))
+        mirror = bool(torch.rand((), generator=self._generator) < 0.5)
+        moved = torch.roll(images, shifts=(shift, shift), dims=(2, 3))
+        return moved.flip(3) if mirror else moved
+
+    def _drawn_boxes(self) -> list[int]:
+        """Indices of the boxes that take part in this step."""
+        limit = self.config.patches_per_step
+        if limit is None or limit >= len(self.boxes):
+            return list(range(len(self.boxes)))
+        drawn = torch.randperm(len(self.boxes), generator=self._generator)[:limit]
+        return sorted(drawn.tolist())
+
+    def _patches(self, images: Tensor, boxes: list[Box]) -> Tensor:
+        # Unbinding first keeps the gradient of each crop as small as its own image.
+        single = images.unbind(0)
+        crops = []
+        for box in boxes:
+            rows, columns = slice(box.top, box.top + box.side), slice(box.left, box.left + box.side)
+            crop = single[box.image][None, :, rows, columns]
+            crops.append(F.interpolate(crop, size=self.size, mode="bilinear"))
+        return torch.cat(crops) if crops else images[:0]
+
+    def _open_sites(self) -> list[str]:
+        """Attention modules that must not be fused: where the map is needed, and all on a CPU.
+
+        The backward pass of fused attention takes several times as long there.
+        """
+        if self.device.type == "cpu":
+            return [site.name for site in self.layout.attentions]
+        return [site.name for site in self._sites] if self.config.method == "spdfq" else []
+
+    def _forward(self, images: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bfloat16):
+            logits: Tensor = self.model(images)
+        return logits.float()
+
+    def _draw_priors(self, attention: list[Tensor]) -> None:
+        """One prior per image (or window), block and head, fixed for the whole run."""
+        for site, rows in zip(self._sites, attention, strict=True):
+            drawn = attention_priors(
+                rows.shape[0] * rows.shape[1], grid=site.grid, generator=self._prior_generator()
+            )
+            self.priors.append(drawn.view(rows.shape).to(self.device))
+
+    def _prior_generator(self) -> torch.Generator:
+        return _seeded(int(self._generator.initial_seed()) * 64 + len(self.priors))
+
+    def _spdfq_terms(self, images: Tensor) -> dict[str, Tensor]:
+        drawn = self._drawn_boxes()
+        patches = self._jitter(self._patches(self.pixels, [self.boxes[i] for i in drawn]))
+        with (
+            unfused(self.model, self._open_sites()),
+            tapped(self.model, [site.name for site in self._sites], source="attn_drop") as caught,
+        ):
+            logits = self._forward(torch.cat((images, patches)))
+        total = len(images) + len(patches)
+        maps = [m[: m.shape[0] * len(images) // total] for m in caught]
+        rows = [
+            losses.class_attention(
+                probabilities,
+                class_token=self.layout.class_token and site.kind == "tokens",
+                prefix_tokens=self.layout.prefix_tokens if site.kind == "tokens" else 0,
+            )
+            for probabilities, site in zip(maps, self._sites, strict=True)
+        ]
+        if not self.priors:
+            self._draw_priors(rows)
+        depth = len(self.layout.attentions)
+        first = depth - len(self._sites)
+        aligned = torch.stack(
+            [
+                losses.alignment(row, prior) * ((first + index + 1) / depth)
+                for index, (row, prior) in enumerate(zip(rows, self.priors, strict=True))
+            ]
+        ).sum()
+        whole, parts = logits[: len(images)], logits[len(images) :]
+        classified = losses.soft_cross_entropy(whole, self.labels)
+        if len(patches):
+            classified = classified + losses.soft_cross_entropy(parts, self._patch_labels[drawn])
+        return {"alignment": aligned, "classification": classified}
+
+    def _psaq_terms(self, images: Tensor) -> dict[str, Tensor]:
+        with (
+            unfused(self.model, self._open_sites()),
+            tapped(self.model, [site.name for site in self._sites], source="proj") as caught,
+        ):
+            logits = self._forward(images)
+        entropy = self.pixels.new_zeros(())
+        for values, site in zip(caught, self._sites, strict=True):
+            prefix = self.layout.prefix_tokens if site.kind == "tokens" else 0
+            per_head = values.unflatten(-1, (site.heads, -1)).mean(dim=-2)
+            entropy = entropy + losses.patch_similarity_entropy(per_head[:, prefix:])
+        return {
+            "entropy": entropy,
+            "classification": losses.soft_cross_entropy(logits, self.labels),
+        }
+
+    def step(self) -> dict[str, float] | None:
+        """Take one optimiser step; returns the loss terms at the steps worth reporting."""
+        config = self.config
+        rate = learning_rate_at(self.step_index, steps=config.steps, peak=config.learning_rate)
+        self.optimizer.param_groups[0]["lr"] = rate
+        images = self._jitter(self.pixels)
+        terms = self._spdfq_terms(images) if config.method == "spdfq" else self._psaq_terms(images)
+        variation = (losses.total_variation(images) - self._variation).abs()
+        total = terms["classification"] + config.variation_weight * variation
+        if "entropy" in terms:
+            total = total - terms["entropy"]
+        if "alignment" in terms:
+            if self.alignment_weight is None:
+                self.alignment_weight = _level(terms["classification"], terms["alignment"])
+            total = total + self.alignment_weight * terms["alignment"]
+        self.optimizer.zero_grad()
+        total.backward()
+        self.optimizer.step()
+        with torch.no_grad():
+            self.pixels.copy_(torch.minimum(torch.maximum(self.pixels, self._low), self._high))
+        self.step_index += 1
+        if self.step_index % _CHECKPOINT_EVERY and self.step_index not in (1, config.steps):
+            return None
+        record = {name: float(value.detach()) for name, value in terms.items()}
+        record |= {"step": float(self.step_index), "variation": float(variation.detach())}
+        self.history.append(record)
+        return record
+
+    @torch.no_grad()
+    def result(self) -> SyntheticImages:
+        """The images as they are now, with the model's opinion of them."""
+        images = self.pixels.detach()
+        choice = self._forward(images).argmax(dim=1).tolist()
+        agreement = [c in names for c, names in zip(choice, self.intended, strict=True)]
+        patches = self._patches(images, self.boxes)
+        seen = self._forward(patches).argmax(dim=1).tolist() if len(patches) else []
+        return SyntheticImages(
+            images=images.cpu(),
+            labels=self.labels.cpu(),
+            boxes=list(self.boxes),
+            priors={
+                site.name: prior.cpu()
+                for site, prior in zip(self._sites, self.priors, strict=False)
+            },
+            agreement=torch.tensor(agreement),
+            patch_agreement=torch.tensor(
+                [c == box.label for c, box in zip(seen, self.boxes, strict=True)], dtype=torch.bool
+            ),
+            history=list(self.history),
+        )
+
+
+def _seeded(seed: int) -> torch.Generator:
+    """A generator for any whole number; torch takes 63 bits."""
+    return torch.Generator().manual_seed(seed % 2**63)
+
+
+def _level(reference: Tensor, term: Tensor) -> float:
+    """Power of ten in 1..1e5 nearest to the ratio of two loss terms."""
+    ratio = float(reference.detach()) / max(float(term.detach()), 1e-12)
+    return float(10.0 ** min(5, max(0, round(math.log10(max(ratio, 1e-12))))))
