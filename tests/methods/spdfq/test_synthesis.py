@@ -254,7 +254,7 @@ def test_the_weight_levels_both_terms_by_a_power_of_ten(vit):
     record = maker.step()
     assert maker.alignment_weight in (1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
     ratio = record["classification"] / (maker.alignment_weight * record["alignment"])
-    assert 10**-0.5 <= ratio <= 10**0.5 or maker.alignment_weight in (1.0, 1e5)
+    assert 1.0 <= ratio < 10.0 or maker.alignment_weight in (1.0, 1e5)
     given = batch(vit, alignment_weight=7.0)
     given.step()
     assert given.alignment_weight == 7.0
