@@ -92,10 +92,10 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
     opened = vision.open_model(
         settings.model, weights=settings.weights, offline=settings.offline, device=device
     )
-    sites = vision.layout(opened.model).attentions
+    layout = vision.layout(opened.model)
     plans = plan_layers(
         opened.model,
-        attentions=[site.name for site in sites],
+        attentions=[site.name for site in layout.attentions],
         bits=settings.bit_spec,
         keep=settings.kept,
         skip=settings.skip,
@@ -104,19 +104,19 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
     pixels = made.pixels.to(device)
     synthesized = time.monotonic()
 
-    model = simulate(copy.deepcopy(opened.model), plans, sites)
+    model = simulate(copy.deepcopy(opened.model), plans, layout.attentions)
     float_weights = weight_parameters(opened.model, plans)
     units = reconstruct(
         model,
         opened.model,
         pixels,
-        vision.layout(opened.model).units,
+        layout.units,
         config=ReconstructionConfig(
             steps=settings.steps or RECONSTRUCTION_STEPS[settings.effort],
             seed=settings.seed,
             bfloat16=bfloat16_is_faster(device),
         ),
-        norms=vision.layout(opened.model).norms,
+        norms=layout.norms,
         progress=progress,
     )
     sample = pixels[:_BATCH]
