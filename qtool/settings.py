@@ -28,7 +28,7 @@ from qtool.quant.bits import BitSpec, parse_rule
 Backend = Literal["auto", "reference", "cpu", "triton"]
 DType = Literal["float32"]
 Effort = Literal["quick", "standard", "max"]
-Recipe = Literal["paper"]
+Recipe = Literal["paper", "strong"]
 SynthesisMethod = Literal["spdfq", "psaq", "noise"]
 
 REPORT_SUFFIXES: Final = (".json", ".md", ".html")
@@ -212,7 +212,8 @@ class QuantizeSettings(WriterSettings):
         default=None, description="Folder made by `qtool synthesize images`."
     )
     recipe: Recipe = Field(
-        default="paper", description="Order and choice of the quantization steps."
+        default="strong",
+        description="strong: table quantizers for activations; paper: as SPDFQ publishes it.",
     )
     effort: Effort = Field(default="standard", description="Budget; standard is the paper's.")
     count: int = Field(default=32, ge=1, description="Number of calibration pictures.")

@@ -93,6 +93,7 @@ def _module(
     if layer.kind == "attention":
         products = IntegerProducts(
             bits=layer.input_bits or 0,
+            quantizer=str(layer.options.get("quantizer", "uniform")),
             probabilities=str(layer.options.get("probabilities", "log2")),
             device="meta",
         )
@@ -107,6 +108,7 @@ def _module(
         weight_bits=layer.weight_bits or 0,
         input_bits=layer.input_bits or 0,
         bias=f"{name}.bias" in tensors,
+        table=layer.options.get("quantizer") == "table",
         device="meta",
     )
 

@@ -34,6 +34,9 @@ PAPER = "SPDFQ, arXiv 2412.16553"
 RECONSTRUCTION_STEPS = {"quick": 100, "standard": 100, "max": 400}
 """Training steps per block and effort; the paper takes 100."""
 
+DROP = {"paper": 0.0, "strong": 0.5}
+"""Share of activations that a training step leaves unrounded, per recipe."""
+
 _BATCH = 32
 
 
@@ -99,6 +102,7 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
         bits=settings.bit_spec,
         keep=settings.kept,
         skip=settings.skip,
+        quantizer="table" if settings.recipe == "strong" else "uniform",
     )
     made = calibration.gather(settings, opened, batch_size=_BATCH, progress=progress)
     pixels = made.pixels.to(device)
@@ -115,6 +119,7 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
             steps=settings.steps or RECONSTRUCTION_STEPS[settings.effort],
             seed=settings.seed,
             bfloat16=bfloat16_is_faster(device),
+            drop=DROP[settings.recipe],
         ),
         norms=layout.norms,
         progress=progress,
@@ -189,7 +194,7 @@ def _header(
             kind=plan.kind,
             weight_bits=plan.weight_bits or None,
             input_bits=plan.input_bits,
-            options={"probabilities": plan.probabilities} if plan.kind == "attention" else {},
+            options=plan.options(),
         )
         for name, plan in plans.items()
     }

@@ -19,6 +19,10 @@ from qtool.errors import UsageError
 MAX_TERMS = 16384  # so many products of 8-bit codes fit int32 at every step, zero points included
 
 
+TABLE_LENGTH = 256
+"""Entries of a table of levels, one for every 8-bit code."""
+
+
 class Result(NamedTuple):
     """The result of an operation, before it is computed.
 
@@ -72,6 +76,13 @@ def _quantize_uniform(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -
     _check_activation("zero_point", zero_point, torch.int32, x)
     _check_bits("bits", bits)
     return Result(x.shape, torch.uint8)
+
+
+def _quantize_table(x: Tensor, scale: Tensor, zero_point: Tensor, table: Tensor) -> Result:
+    _check_tensor("table", table, torch.uint8, x)
+    if table.shape != (TABLE_LENGTH,):
+        raise UsageError(f"table has shape {_words(table)}, not ({TABLE_LENGTH},)")
+    return _quantize_uniform(x, scale, zero_point, MAX_BITS)
 
 
 def _quantize_log2(x: Tensor, scale: Tensor, bits: int) -> Result:
@@ -159,6 +170,10 @@ _OPERATIONS: dict[str, tuple[str, Callable[..., Result]]] = {
     "quantize_uniform": (
         "(Tensor x, Tensor scale, Tensor zero_point, int bits) -> Tensor",
         _quantize_uniform,
+    ),
+    "quantize_table": (
+        "(Tensor x, Tensor scale, Tensor zero_point, Tensor table) -> Tensor",
+        _quantize_table,
     ),
     "quantize_log2": ("(Tensor x, Tensor scale, int bits) -> Tensor", _quantize_log2),
     "pack_codes": ("(Tensor codes, int bits) -> Tensor", _pack_codes),

@@ -47,6 +47,14 @@ def quantize_uniform(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) ->
     return codes.view(x.shape)
 
 
+def quantize_table(x: Tensor, scale: Tensor, zero_point: Tensor, table: Tensor) -> Tensor:
+    """Levels of `x`; see `qtool.engine.ops.quantize_table`."""
+    codes = quantize_uniform(x, scale, zero_point, 8).view(-1)
+    for block in _blocks(len(codes), BLOCK_ELEMENTS):
+        codes[block] = table.index_select(0, codes[block].int())
+    return codes.view(x.shape)
+
+
 def quantize_log2(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Power-of-two codes of `x`; see `qtool.engine.ops.quantize_log2`.
 

@@ -21,6 +21,7 @@ __all__ = [
     "packed_width",
     "prepare_weight",
     "quantize_log2",
+    "quantize_table",
     "quantize_uniform",
     "unpack_codes",
 ]
@@ -48,6 +49,30 @@ def quantize_uniform(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) ->
         BackendError: The backend asked for cannot run this.
     """
     result: Tensor = torch.ops.qtool.quantize_uniform(x, scale, zero_point, bits)
+    return result
+
+
+def quantize_table(x: Tensor, scale: Tensor, zero_point: Tensor, table: Tensor) -> Tensor:
+    """Quantizes to the levels of a table: `table[quantize_uniform(x, scale, zero_point, 8)]`.
+
+    A table with 2^b distinct entries is a b-bit quantizer whose levels need not be evenly spaced.
+    The levels share scale and zero point with the fine codes, so `linear` and `matmul` take them
+    like any codes.
+
+    Args:
+        x: float32 `(..., D)`.
+        scale: float32, per tensor or per token `(..., 1)`.
+        zero_point: int32, per tensor or per token `(..., 1)`.
+        table: uint8 `(256,)`.
+
+    Returns:
+        uint8 levels `(..., D)`.
+
+    Raises:
+        UsageError: An argument has the wrong type, shape or device.
+        BackendError: The backend asked for cannot run this.
+    """
+    result: Tensor = torch.ops.qtool.quantize_table(x, scale, zero_point, table)
     return result
 
 

@@ -22,6 +22,11 @@ def quantize_uniform(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) ->
     return levels.clamp(0, 2**bits - 1).to(torch.uint8)
 
 
+def quantize_table(x: Tensor, scale: Tensor, zero_point: Tensor, table: Tensor) -> Tensor:
+    """Levels of `x`; see `qtool.engine.ops.quantize_table`."""
+    return table[quantize_uniform(x, scale, zero_point, 8).long()]
+
+
 def quantize_log2(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Power-of-two codes of `x`; see `qtool.engine.ops.quantize_log2`."""
     mantissa, exponent = torch.frexp(x / _broadcast(scale))

@@ -12,10 +12,12 @@ the model.
 | `NAME.weight_shape`      | I64        | holds (N, K) or (N, C, kernel H, kernel W)      |
 | `NAME.input_scale`       | F32 or F16 | () or (1,); absent where the input stays float  |
 | `NAME.input_zero_point`  | U8 or I32  | () or (1,); absent likewise                     |
+| `NAME.input_table`       | U8         | (256,); only where the option `quantizer` says  |
 | `NAME.bias`              | any        | (N,), optional                                  |
 
-An attention NAME has `NAME.products.OPERAND_scale` and `..._zero_point`, of the types and shapes of
-`input_scale` and `input_zero_point`.
+An attention NAME has `NAME.products.OPERAND_scale`, `..._zero_point` and `..._table`, of the types
+and shapes of `input_scale`, `input_zero_point` and `input_table`. With a table, scale and zero
+point are those of an 8-bit grid, and the table has at most 2^bits distinct entries.
 
 A row of K codes takes the bytes of its planes one after the other, ceil(K * width / 8) each; the
 widths are 2=[2] 3=[2,1] 4=[4] 5=[4,1] 6=[4,2] 7=[4,2,1] 8=[8].
@@ -53,6 +55,8 @@ _PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (
 _WEIGHT_RANKS = {"linear": 2, "conv": 4}
 _WEIGHT_TENSORS = frozenset({"weight_packed", "weight_scale", "weight_zero_point", "weight_shape"})
 _INPUT_TENSORS = frozenset({"input_scale", "input_zero_point"})
+_INPUT_TABLE = frozenset({"input_table"})
+_TABLE: Shapes = ((256,),)
 _SCALES = (torch.float32, torch.float16)
 _ZERO_POINTS = (torch.uint8, torch.int32)
 _ONE: Shapes = ((), (1,))
@@ -227,7 +231,7 @@ def _disagreement(header: Header, tensors: Mapping[str, Tensor]) -> str:
         owner, _, leaf = name.rpartition(".")
         children.setdefault(owner, set()).add(leaf)
     for owner, leaves in children.items():
-        surplus = leaves & (_WEIGHT_TENSORS | _INPUT_TENSORS)
+        surplus = leaves & (_WEIGHT_TENSORS | _INPUT_TENSORS | _INPUT_TABLE)
         if surplus and owner not in header.layers:
             name = shown(f"{owner}.{min(surplus)}")
             return f"tensor {name} belongs to no layer of the header"
@@ -241,6 +245,8 @@ def _disagreement(header: Header, tensors: Mapping[str, Tensor]) -> str:
             continue
         leaves = children.get(name, set())
         needed = _WEIGHT_TENSORS | (_INPUT_TENSORS if layer.input_bits else frozenset())
+        if layer.options.get("quantizer") == "table":
+            needed |= _INPUT_TABLE
         if missing := needed - leaves:
             return f"tensor {shown(f'{name}.{min(missing)}')} is missing"
         if surplus := leaves - needed - {"bias"}:
@@ -270,6 +276,9 @@ def _layer_problem(layer: LayerBits, own: Mapping[str, Tensor]) -> str:
         return f"bias is {_described(own['bias'])}, not of shape ({rows},)"
     if problem := _grid_problem("weight", own, bits, ((rows,),)):
         return problem
+    if "input_table" in own:
+        table, width = own["input_table"], layer.input_bits or 8
+        return _grid_problem("input", own, 8, _ONE) or _table_problem("input_table", table, width)
     return _grid_problem("input", own, layer.input_bits, _ONE) if layer.input_bits else ""
 
 
@@ -278,7 +287,10 @@ def _operand_problem(own: Mapping[str, Tensor], bits: int) -> str:
         if leaf.endswith("_scale"):
             problem = _scale_problem(leaf, tensor, _ONE)
         elif leaf.endswith("_zero_point"):
-            problem = _zero_point_problem(leaf, tensor, bits, _ONE)
+            has_table = f"{leaf.removesuffix('_zero_point')}_table" in own
+            problem = _zero_point_problem(leaf, tensor, 8 if has_table else bits, _ONE)
+        elif leaf.endswith("_table"):
+            problem = _table_problem(leaf, tensor, bits)
         else:
             problem = f"tensor {shown(leaf)} does not belong to it"
         if problem:
@@ -308,6 +320,14 @@ def _zero_point_problem(name: str, zero_point: Tensor, bits: int, shapes: Shapes
     levels = zero_point.int()
     if not bool(((levels >= 0) & (levels < 2**bits)).all()):
         return f"{name} leaves 0..{2**bits - 1}"
+    return ""
+
+
+def _table_problem(name: str, table: Tensor, bits: int) -> str:
+    if table.dtype != torch.uint8 or tuple(table.shape) not in _TABLE:
+        return f"{name} is {_described(table)}, not uint8 of shape (256,)"
+    if (found := len(table.unique())) > 2**bits:
+        return f"{name} has {found} levels, but {bits} bits tell only {2**bits} apart"
     return ""
 
 

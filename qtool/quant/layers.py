@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qtool.engine import ops
+from qtool.quant import tables
 
 OPERANDS = ("query", "key", "probability", "value")
 """The quantized operands of attention."""
@@ -21,12 +22,21 @@ def to_patches(images: Tensor, patch: tuple[int, ...]) -> Tensor:
     return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
+def quantized(
+    x: Tensor, scale: Tensor, zero_point: Tensor, table: Tensor | None, *, bits: int
+) -> Tensor:
+    """Integers that stand for `x`: uniform codes, or the levels of a table."""
+    if table is None:
+        return ops.quantize_uniform(x, scale, zero_point, bits=bits)
+    return ops.quantize_table(x, scale, zero_point, table)
+
+
 class QuantLinear(nn.Module):
     """A linear layer with packed low-bit weights and integer activations: (..., K) to (..., N).
 
     Buffers (also the names in a checkpoint): `weight_packed` uint8 (N, bytes), `weight_scale`
     (N,), `weight_zero_point` int32 (N,), `weight_shape`, `input_scale` (1,), `input_zero_point`
-    int32 (1,), `bias` (N,) or absent.
+    int32 (1,), `bias` (N,) or absent, `input_table` uint8 (256,) or absent.
     """
 
     weight_packed: Tensor
@@ -36,6 +46,7 @@ class QuantLinear(nn.Module):
     input_scale: Tensor
     input_zero_point: Tensor
     bias: Tensor | None
+    input_table: Tensor | None
 
     def __init__(
         self,
@@ -44,6 +55,7 @@ class QuantLinear(nn.Module):
         weight_bits: int,
         input_bits: int,
         bias: bool,
+        table: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
@@ -64,6 +76,8 @@ class QuantLinear(nn.Module):
         self.register_buffer("input_scale", empty(1))
         self.register_buffer("input_zero_point", empty(1, dtype=torch.int32))
         self.register_buffer("bias", empty(rows) if bias else None)
+        levels = empty(2**tables.GRID_BITS, dtype=torch.uint8)
+        self.register_buffer("input_table", levels if table else None)
         self._resident: Tensor | None = None
 
     @classmethod
@@ -74,10 +88,18 @@ class QuantLinear(nn.Module):
         weight_bits: int,
         input_bits: int,
         bias: bool,
+        table: bool = False,
         device: torch.device | str = "cpu",
     ) -> QuantLinear:
         """A layer whose buffers wait to be filled."""
-        return cls(shape, weight_bits=weight_bits, input_bits=input_bits, bias=bias, device=device)
+        return cls(
+            shape,
+            weight_bits=weight_bits,
+            input_bits=input_bits,
+            bias=bias,
+            table=table,
+            device=device,
+        )
 
     def set_codes(self, codes: Tensor) -> None:
         """Store weight codes (N, K), uint8."""
@@ -109,8 +131,8 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantize `x`, multiply integers, apply scales and bias."""
-        codes = ops.quantize_uniform(
-            x, self.input_scale, self.input_zero_point, bits=self.input_bits
+        codes = quantized(
+            x, self.input_scale, self.input_zero_point, self.input_table, bits=self.input_bits
         )
         return ops.linear(
             codes,
@@ -146,19 +168,28 @@ class IntegerProducts(nn.Module):
 
     Args:
         bits: Width of all four operands.
-        probabilities: Quantizer after softmax, "log2" or "uniform".
+        quantizer: Quantizer of queries, keys and values, "uniform" or "table".
+        probabilities: Quantizer after softmax, "log2", "uniform" or "table".
         device: Where the scales live.
     """
 
     def __init__(
-        self, *, bits: int, probabilities: str, device: torch.device | str = "cpu"
+        self,
+        *,
+        bits: int,
+        probabilities: str,
+        quantizer: str = "uniform",
+        device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
         self.bits = bits
         self.probabilities = probabilities
         for name in OPERANDS:
             self.register_buffer(f"{name}_scale", torch.ones(1, device=device))
-            if name != "probability" or probabilities == "uniform":
+            kind = probabilities if name == "probability" else quantizer
+            if kind == "table":
+                self.register_buffer(f"{name}_table", tables.identity(device))
+            if kind != "log2":
                 zero = torch.zeros(1, dtype=torch.int32, device=device)
                 self.register_buffer(f"{name}_zero_point", zero)
 
@@ -167,9 +198,13 @@ class IntegerProducts(nn.Module):
         scale = cast(Tensor, getattr(self, f"{name}_scale"))
         return scale, cast(Tensor, getattr(self, f"{name}_zero_point", scale))
 
+    def table_of(self, name: str) -> Tensor | None:
+        """Table of an operand, uint8 (256,), or None where codes are uniform."""
+        return cast("Tensor | None", getattr(self, f"{name}_table", None))
+
     def _codes(self, name: str, x: Tensor) -> Tensor:
         scale, zero = self.parameters_of(name)
-        return ops.quantize_uniform(x, scale, zero, bits=self.bits)
+        return quantized(x, scale, zero, self.table_of(name), bits=self.bits)
 
     def scores(self, query: Tensor, key: Tensor) -> Tensor:
         """(B, H, N, D) and (B, H, M, D) to (B, H, N, M)."""
@@ -184,7 +219,7 @@ class IntegerProducts(nn.Module):
         """(B, H, N, M) and (B, H, M, D) to (B, H, N, D)."""
         scale, zero = self.parameters_of("probability")
         value_codes = self._codes("value", value)
-        if self.probabilities == "uniform":
+        if self.probabilities != "log2":
             codes = self._codes("probability", probabilities)
             return ops.matmul(codes, scale, zero, value_codes, *self.parameters_of("value"))
         codes = ops.quantize_log2(probabilities, scale, bits=self.bits)

@@ -11,8 +11,10 @@ from torch import nn
 
 from qtool.errors import UsageError
 from qtool.quant.bits import BitSpec
+from qtool.quant.tables import GRID_BITS
 
 LayerKind = Literal["linear", "conv", "attention"]
+Quantizer = Literal["uniform", "table"]
 
 FIRST_INPUT_BITS = 8
 """The first layer sees the picture, which is 8-bit already (RepQ-ViT, AdaLog)."""
@@ -29,13 +31,22 @@ class LayerPlan:
         kind: "linear", "conv" (a patch embedding) or "attention" (its two products).
         weight_bits: Bits of a weight code; 0 for attention, which has no weights of its own.
         input_bits: Bits of an activation code.
-        probabilities: For attention, the quantizer after softmax: "log2" or "uniform".
+        quantizer: How activations are quantized: "uniform" or "table".
+        probabilities: For attention, the quantizer after softmax: "log2", "uniform" or "table".
     """
 
     kind: LayerKind
     weight_bits: int
     input_bits: int
+    quantizer: Quantizer = "uniform"
     probabilities: str = ""
+
+    def options(self) -> dict[str, str | int | float | bool | None]:
+        """What a checkpoint records beside kind and bits, to make the layer again."""
+        options: dict[str, str | int | float | bool | None] = {"quantizer": self.quantizer}
+        if self.kind == "attention":
+            options["probabilities"] = self.probabilities
+        return options
 
 
 def is_patch_convolution(module: nn.Module) -> bool:
@@ -56,6 +67,7 @@ def plan_layers(
     bits: BitSpec,
     keep: Sequence[tuple[str, BitSpec]] = (),
     skip: Sequence[str] = (),
+    quantizer: Quantizer = "uniform",
 ) -> dict[str, LayerPlan]:
     """Decide the bits of every linear layer, patch embedding and attention product.
 
@@ -65,6 +77,7 @@ def plan_layers(
         bits: Width for everything not named in `keep`.
         keep: Pairs of glob and bits; the last match wins.
         skip: Globs of layers that stay in float.
+        quantizer: How activations of fewer than 8 bits are quantized.
 
     Returns:
         Plans by module name, in the order of `model.named_modules()`.
@@ -88,7 +101,7 @@ def plan_layers(
                 remedy=f"layers are named like {', '.join(list(names)[:4])}",
             )
     plans = {
-        name: _layer_plan(kind, _bits_of(name, bits, keep))
+        name: _layer_plan(kind, _bits_of(name, bits, keep), quantizer)
         for name, kind in names.items()
         if not any(fnmatchcase(name, glob) for glob in skip)
     }
@@ -104,13 +117,17 @@ def _bits_of(name: str, bits: BitSpec, keep: Sequence[tuple[str, BitSpec]]) -> B
     return bits
 
 
-def _layer_plan(kind: LayerKind, bits: BitSpec) -> LayerPlan:
+def _layer_plan(kind: LayerKind, bits: BitSpec, quantizer: Quantizer) -> LayerPlan:
     if kind == "conv":
         return LayerPlan(kind, bits.weight, FIRST_INPUT_BITS)
-    if kind == "attention":
-        probabilities = "log2" if bits.activation <= LOG2_MAX_BITS else "uniform"
-        return LayerPlan(kind, 0, bits.activation, probabilities)
-    return LayerPlan(kind, bits.weight, bits.activation)
+    if bits.activation >= GRID_BITS:
+        quantizer = "uniform"
+    if kind == "linear":
+        return LayerPlan(kind, bits.weight, bits.activation, quantizer)
+    if quantizer == "table":
+        return LayerPlan(kind, 0, bits.activation, quantizer, "table")
+    probabilities = "log2" if bits.activation <= LOG2_MAX_BITS else "uniform"
+    return LayerPlan(kind, 0, bits.activation, quantizer, probabilities)
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

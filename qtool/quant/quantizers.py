@@ -38,6 +38,24 @@ class _UniformLevels(torch.autograd.Function):
         return (gradient * inside).div_(scale), None, None, None
 
 
+class _TableLevels(torch.autograd.Function):
+    """Look up the level of a fine code; the gradient passes inside the range of the fine grid."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor, table: Tensor) -> Tensor:  # noqa: ANN401
+        codes = (x / scale).round_().add_(zero)
+        inside = (codes >= 0) & (codes <= len(table) - 1)
+        ctx.save_for_backward(inside, scale)
+        fine = codes.clamp_(0, len(table) - 1).int()
+        levels: Tensor = (table - zero).index_select(0, fine.flatten()).view(x.shape)
+        return levels
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN401
+        inside, scale = ctx.saved_tensors
+        return (gradient * inside).div_(scale), None, None, None
+
+
 class _Log2Value(torch.autograd.Function):
     """Snap to scale-free powers of two; the gradient passes where the value is not cut to zero."""
 
@@ -70,6 +88,22 @@ def uniform_levels(x: Tensor, scale: Tensor, zero_point: Tensor, *, bits: int) -
         `clamp(round(x / scale) + z, 0, 2^b - 1) - z`; straight-through gradient inside the range.
     """
     levels: Tensor = _UniformLevels.apply(x, scale, zero_point.to(x.dtype), 2**bits - 1)
+    return levels
+
+
+def table_levels(x: Tensor, scale: Tensor, zero_point: Tensor, table: Tensor) -> Tensor:
+    """Quantize to the levels of a table, less the zero point, kept as float32.
+
+    Args:
+        x: Values, any shape.
+        scale: Step of the fine grid, one element.
+        zero_point: Fine code of zero, one element, integer type.
+        table: Level of every fine code, uint8 (256,).
+
+    Returns:
+        `table[clamp(round(x / scale) + z, 0, 255)] - z`; straight-through gradient inside the grid.
+    """
+    levels: Tensor = _TableLevels.apply(x, scale, zero_point.to(x.dtype), table.to(x.dtype))
     return levels
 
 
@@ -118,7 +152,8 @@ def _sampled(x: Tensor) -> Tensor:
     return flat[:: flat.numel() // _SAMPLE + 1]
 
 
-def _sampled_rows(x: Tensor) -> Tensor:
+def sampled_rows(x: Tensor) -> Tensor:
+    """A strided sample of the rows of (..., K), (R, K), large enough to choose ranges by."""
     rows = x.detach().float().reshape(-1, x.shape[-1])
     wanted = max(64, 4 * _SAMPLE // x.shape[-1])
     return rows if len(rows) <= wanted else rows[:: len(rows) // wanted + 1]
@@ -162,7 +197,7 @@ def search_activation_range(
     Reference: percentile search of RepQ-ViT (arXiv 2212.08254); output error as in PTQ4ViT
     (arXiv 2111.12293).
     """
-    values = _sampled(x) if weight is None else _sampled_rows(x)
+    values = _sampled(x) if weight is None else sampled_rows(x)
     if weight is not None and len(weight) > weight.shape[1]:
         # A square root of W^T W measures the same error with fewer columns.
         weight = torch.linalg.cholesky_ex(_regularised_gram(weight.detach())).L.T

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qtool.quant import quantizers
+from qtool.quant import quantizers, tables
 from qtool.quant.layers import IntegerProducts, QuantConv2d, QuantLinear, to_patches
 from qtool.quant.plan import LayerPlan
 from qtool.quant.reparametrisation import fold_into_norm
@@ -22,6 +22,8 @@ class SimulatedLayer(nn.Module):
     Attributes:
         enabled: Quantize; otherwise compute in float.
         observing: Remember the operands of the next call.
+        drop: Share of activations that stay unrounded while gradients are computed (QDrop).
+        generator: Source of randomness for `drop`.
     """
 
     def __init__(self, plan: LayerPlan) -> None:
@@ -29,12 +31,21 @@ class SimulatedLayer(nn.Module):
         self.plan = plan
         self.enabled = False
         self.observing = False
+        self.drop = 0.0
+        self.generator: torch.Generator | None = None
         self.seen: dict[str, Tensor] = {}
 
     def observe(self, **operands: Tensor) -> None:
         """Remember operands by name, detached."""
         if self.observing:
             self.seen = {**self.seen, **{name: x.detach() for name, x in operands.items()}}
+
+    def dropped(self, x: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
+        """Put some unrounded values back among the levels, while gradients are computed."""
+        if not self.drop or not torch.is_grad_enabled():
+            return levels
+        chance = torch.rand(x.shape, generator=self.generator, device=x.device)
+        return torch.where(chance < self.drop, x / scale, levels)
 
     def calibrate(self) -> None:
         """Choose scales from what was seen, then forget it."""
@@ -61,12 +72,21 @@ class SimulatedLinear(SimulatedLayer):
         self.register_buffer("weight_zero_point", weight.new_zeros(rows, dtype=torch.int32))
         self.register_buffer("input_scale", weight.new_ones(1))
         self.register_buffer("input_zero_point", weight.new_zeros(1, dtype=torch.int32))
+        table = tables.identity(weight.device) if plan.quantizer == "table" else None
+        self.register_buffer("input_table", table)
         self._choose_weight_range()
 
     weight_scale: Tensor
     weight_zero_point: Tensor
     input_scale: Tensor
     input_zero_point: Tensor
+    input_table: Tensor | None
+
+    def _input_levels(self, x: Tensor) -> Tensor:
+        scale, zero = self.input_scale, self.input_zero_point
+        if self.input_table is not None:
+            return quantizers.table_levels(x, scale, zero, self.input_table)
+        return quantizers.uniform_levels(x, scale, zero, bits=self.plan.input_bits)
 
     def weight_levels(self) -> Tensor:
         """Weight codes minus their zero points, (N, K), integer-valued."""
@@ -84,9 +104,7 @@ class SimulatedLinear(SimulatedLayer):
             x = to_patches(x, self.patch)
         self.observe(input=x)
         if self.enabled:
-            levels = quantizers.uniform_levels(
-                x, self.input_scale, self.input_zero_point, bits=self.plan.input_bits
-            )
+            levels = self.dropped(x, self.input_scale, self._input_levels(x))
             y = F.linear(levels, self.weight_levels()) * (self.input_scale * self.weight_scale)
             y = y if self.bias is None else y + self.bias
         else:
@@ -121,9 +139,13 @@ class SimulatedLinear(SimulatedLayer):
 
     def calibrate(self) -> None:
         """Choose the input's range by least squared error of the output."""
-        scale, zero = quantizers.search_activation_range(
-            self.seen["input"], bits=self.plan.input_bits, weight=self.weight
-        )
+        x, bits = self.seen["input"], self.plan.input_bits
+        if self.input_table is not None:
+            cost = self.weight.detach().square().sum(dim=0)
+            scale, zero, table = tables.search_table(x, bits=bits, channel_weights=cost)
+            self.input_table.copy_(table)
+        else:
+            scale, zero = quantizers.search_activation_range(x, bits=bits, weight=self.weight)
         self.input_scale.copy_(scale)
         self.input_zero_point.copy_(zero)
         self.seen = {}
@@ -138,6 +160,7 @@ class SimulatedLinear(SimulatedLayer):
             weight_bits=self.plan.weight_bits,
             input_bits=self.plan.input_bits,
             bias=self.bias is not None,
+            table=self.input_table is not None,
             device=self.weight.device,
         )
         layer.set_codes(codes)
@@ -145,6 +168,8 @@ class SimulatedLinear(SimulatedLayer):
         layer.weight_zero_point.copy_(self.weight_zero_point)
         layer.input_scale.copy_(self.input_scale)
         layer.input_zero_point.copy_(self.input_zero_point)
+        if self.input_table is not None and layer.input_table is not None:
+            layer.input_table.copy_(self.input_table)
         if self.bias is not None and layer.bias is not None:
             layer.bias.copy_(self.bias)
         return layer
@@ -155,16 +180,22 @@ class SimulatedProducts(SimulatedLayer):
 
     def __init__(self, plan: LayerPlan) -> None:
         super().__init__(plan)
-        self.frozen = IntegerProducts(bits=plan.input_bits, probabilities=plan.probabilities)
+        self.frozen = IntegerProducts(
+            bits=plan.input_bits, quantizer=plan.quantizer, probabilities=plan.probabilities
+        )
 
     def _levels(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
         scale, zero = self.frozen.parameters_of(name)
         if name == "probability" and self.plan.probabilities == "log2":
             return quantizers.log2_levels(x, scale, bits=self.plan.input_bits), scale
+        table = self.frozen.table_of(name)
+        if table is not None:
+            return quantizers.table_levels(x, scale, zero, table), scale
         return quantizers.uniform_levels(x, scale, zero, bits=self.plan.input_bits), scale
 
     def _product(self, left: str, a: Tensor, right: str, b: Tensor) -> Tensor:
-        (a, a_scale), (b, b_scale) = self._levels(left, a), self._levels(right, b)
+        (a_levels, a_scale), (b_levels, b_scale) = self._levels(left, a), self._levels(right, b)
+        a, b = self.dropped(a, a_scale, a_levels), self.dropped(b, b_scale, b_levels)
         return a @ (b.transpose(-2, -1) if right == "key" else b) * (a_scale * b_scale)
 
     def scores(self, query: Tensor, key: Tensor) -> Tensor:
@@ -188,6 +219,12 @@ class SimulatedProducts(SimulatedLayer):
             scale, zero = self.frozen.parameters_of(name)
             if name == "probability" and self.plan.probabilities == "log2":
                 scale.copy_(quantizers.search_log2_scale(x, bits=bits))
+                continue
+            table = self.frozen.table_of(name)
+            if table is not None:
+                fine = tables.search_table(x, bits=bits)
+                for target, value in zip((scale, zero, table), fine, strict=True):
+                    target.copy_(value)
                 continue
             found = quantizers.search_activation_range(x, bits=bits)
             scale.copy_(found[0])

@@ -54,12 +54,13 @@ def test_a_file_holds_the_whole_model(request, quantize, images, model, bits):
     assert bool(logits.isfinite().all())
 
 
+@pytest.mark.parametrize("quantizer", ["uniform", "table"])
 @pytest.mark.parametrize("model", ["demo", "swin"])
-def test_a_frozen_model_and_its_file_compute_the_same(request, images, tmp_path, model):
+def test_a_frozen_model_and_its_file_compute_the_same(request, images, tmp_path, model, quantizer):
     opened = vision.open_model(request.getfixturevalue(model))
     layout = vision.layout(opened.model)
     names = [site.name for site in layout.attentions]
-    plans = plan_layers(opened.model, attentions=names, bits=BitSpec(4, 4))
+    plans = plan_layers(opened.model, attentions=names, bits=BitSpec(4, 4), quantizer=quantizer)
     reference = vision.open_model(request.getfixturevalue(model)).model
     frozen = simulate(opened.model, plans, layout.attentions)
     reconstruct(
@@ -78,7 +79,7 @@ def test_a_frozen_model_and_its_file_compute_the_same(request, images, tmp_path,
                 kind=plan.kind,
                 weight_bits=plan.weight_bits or None,
                 input_bits=plan.input_bits,
-                options={"probabilities": plan.probabilities} if plan.probabilities else {},
+                options=plan.options(),
             )
             for name, plan in plans.items()
         },

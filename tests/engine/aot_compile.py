@@ -24,6 +24,7 @@ from qtool.engine.kernels import (
     matmul_log2,
     pack_codes,
     quantize_log2,
+    quantize_table,
     quantize_uniform,
     unpack_codes,
 )
@@ -96,6 +97,21 @@ def other_cases() -> list[Case]:
             },
             {"SCALE_STEP": 1, "ZERO_STEP": 1, "TOP": 15, **quantize_uniform.BLOCK},
             quantize_uniform.OPTIONS,
+        ),
+        Case(
+            "quantize_table",
+            quantize_table.quantize_table_kernel,
+            {
+                "x": "*fp32",
+                "scale": "*fp32",
+                "zero_point": "*i32",
+                "table": "*u8",
+                "levels": "*u8",
+                "rows": "i32",
+                "width": "i32",
+            },
+            {"SCALE_STEP": 1, "ZERO_STEP": 1, **quantize_table.BLOCK},
+            quantize_table.OPTIONS,
         ),
         Case(
             "quantize_log2",

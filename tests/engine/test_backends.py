@@ -47,6 +47,19 @@ def test_quantize_uniform_rounds_halves_to_even(device, assert_equal_everywhere)
     assert_equal_everywhere(ops.quantize_uniform, x, scale, zero, bits=8)
 
 
+@pytest.mark.parametrize("per_token", [False, True], ids=["tensor", "token"])
+def test_quantize_table(per_token, draw, assert_equal_everywhere):
+    x = draw.floats(3, 7, 301) * 3
+    x[0, 0, :2] = torch.tensor([1e30, -1e30])
+    size = (3, 7, 1) if per_token else (1,)
+    table = draw.codes(256).sort().values
+    levels = assert_equal_everywhere(
+        ops.quantize_table, x, draw.scales(*size) / 50, draw.zeros(*size), table
+    )
+    assert levels[0, 0, 0] == table[255]
+    assert levels[0, 0, 1] == table[0]
+
+
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_quantize_log2(bits, draw, device, assert_equal_everywhere):
     x = draw.floats(2500).abs()

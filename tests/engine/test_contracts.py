@@ -48,6 +48,9 @@ REFUSALS = {
     "zero_point is torch.float32, not torch.int32": lambda: ops.quantize_uniform(
         X, ONE, ONE, bits=4
     ),
+    "table has shape (16,), not (256,)": lambda: ops.quantize_table(
+        X, ONE, ZERO, torch.zeros(16, dtype=torch.uint8)
+    ),
     "bits is 1, not between 2 and 8": lambda: ops.quantize_uniform(X, ONE, ZERO, bits=1),
     "bits is 9, not between 2 and 8": lambda: ops.quantize_log2(X, ONE, bits=9),
     "scale has shape (2,), not one element": lambda: ops.quantize_log2(X, torch.ones(2), bits=4),

@@ -24,6 +24,12 @@ def arguments(op, draw):
     packed = ops.pack_codes(draw.codes(5, 11, bits=3), bits=3)
     return {
         "quantize_uniform": (draw.floats(2, 7, 9), draw.scales(2, 7, 1), draw.zeros(2, 7, 1), 5),
+        "quantize_table": (
+            draw.floats(2, 7, 9),
+            draw.scales(2, 7, 1),
+            draw.zeros(2, 7, 1),
+            draw.codes(256),
+        ),
         "quantize_log2": (draw.floats(3, 9).abs(), one, 4),
         "pack_codes": (draw.codes(5, 11, bits=3), 3),
         "unpack_codes": (packed, 3, 11),

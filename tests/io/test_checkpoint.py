@@ -209,12 +209,32 @@ def test_layer_that_does_not_fit_its_header(tmp_path, name, tensor, message):
         ("query_scale", torch.ones(3), "query_scale is float32"),
         ("query_zero_point", torch.tensor([16], dtype=torch.int32), r"query_zero_point leaves 0"),
         ("query", torch.ones(1), "'query' does not belong"),
+        ("query_table", torch.zeros(16, dtype=torch.uint8), "query_table is uint8"),
+        ("query_table", torch.arange(256).to(torch.uint8), "256 levels, but 4 bits"),
     ],
 )
 def test_attention_that_does_not_fit_its_header(tmp_path, leaf, tensor, message):
     header, tensors = _model()
     tensors[f"blocks.0.attn.products.{leaf}"] = tensor
     _refused(_store(tmp_path / "a", header, tensors), message)
+
+
+def test_a_table_belongs_to_a_layer_that_has_one(tmp_path):
+    header, tensors = _model()
+    name = "blocks.0.attn.qkv"
+    table = torch.arange(256) // 16 * 16
+    tensors[f"{name}.input_table"] = table.to(torch.uint8)
+    _refused(_store(tmp_path / "a", header, tensors), "input_table' does not belong")
+    layers = dict(header.layers)
+    layers[name] = layers[name].model_copy(update={"options": {"quantizer": "table"}})
+    header = header.model_copy(update={"layers": layers})
+    tensors[f"{name}.input_zero_point"] = torch.tensor([200], dtype=torch.int32)
+    checkpoint.write(tmp_path / "b", header, tensors)
+    assert torch.equal(checkpoint.read(tmp_path / "b")[1][f"{name}.input_table"].long(), table)
+    tensors[f"{name}.input_table"] = torch.arange(256).to(torch.uint8)
+    _refused(_store(tmp_path / "c", header, tensors), "256 levels, but 4 bits")
+    del tensors[f"{name}.input_table"]
+    _refused(_store(tmp_path / "d", header, tensors), "input_table' is missing")
 
 
 def test_tensors_of_a_layer_that_the_header_does_not_have(tmp_path):

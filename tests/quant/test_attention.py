@@ -14,7 +14,7 @@ from qtool.quant.simulation import SimulatedProducts
 
 def float_products():
     """Products that are not quantized: a simulation nobody switched on."""
-    return SimulatedProducts(LayerPlan("attention", 0, 4, "log2"))
+    return SimulatedProducts(LayerPlan("attention", 0, 4, probabilities="log2"))
 
 
 def with_float_products(model):

@@ -30,7 +30,7 @@ def test_every_linear_layer_attention_and_patch_embedding_is_planned(tiny_vit):
     assert list(plans) == ["patch_embed.proj", *expected, "head"]
     assert plans["patch_embed.proj"] == LayerPlan("conv", 4, FIRST_INPUT_BITS)
     assert plans["blocks.0.mlp.fc1"] == LayerPlan("linear", 4, 4)
-    assert plans["blocks.1.attn"] == LayerPlan("attention", 0, 4, "log2")
+    assert plans["blocks.1.attn"] == LayerPlan("attention", 0, 4, probabilities="log2")
 
 
 def test_swin_reductions_and_head_are_planned(tiny_swin):
@@ -49,7 +49,18 @@ def test_swin_reductions_and_head_are_planned(tiny_swin):
 )
 def test_wide_probabilities_are_uniform(tiny_vit, activation, probabilities):
     plan = planned(tiny_vit, BitSpec(3, activation))["blocks.0.attn"]
-    assert plan == LayerPlan("attention", 0, activation, probabilities)
+    assert plan == LayerPlan("attention", 0, activation, probabilities=probabilities)
+
+
+@pytest.mark.parametrize("activation", [2, 4, 7])
+def test_tables_serve_all_activations_below_eight_bits(tiny_vit, activation):
+    plans = planned(
+        tiny_vit, BitSpec(4, activation), quantizer="table", keep=[("head", BitSpec(8, 8))]
+    )
+    assert plans["blocks.0.attn"] == LayerPlan("attention", 0, activation, "table", "table")
+    assert plans["blocks.0.attn.qkv"] == LayerPlan("linear", 4, activation, "table")
+    assert plans["patch_embed.proj"].quantizer == "uniform"
+    assert plans["head"] == LayerPlan("linear", 8, 8, "uniform")
 
 
 def test_the_last_rule_that_matches_wins(tiny_vit):

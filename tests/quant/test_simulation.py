@@ -75,11 +75,28 @@ def test_patch_embedding_equals_the_engine(generator, weight_bits):
 def test_attention_products_equal_the_engine(generator, bits, probabilities):
     query, key, value = torch.randn(3, 2, 3, 17, 16, generator=generator)
     probability = (2 * query @ key.mT).softmax(-1)
-    layer = SimulatedProducts(LayerPlan("attention", 0, bits, probabilities))
+    layer = SimulatedProducts(LayerPlan("attention", 0, bits, "uniform", probabilities))
     calibrated(layer, query, key, call=layer.scores)
     calibrated(layer, probability, value, call=layer.values)
     assert_frozen_equal(layer, lambda module: module.scores(query, key))
     assert_frozen_equal(layer, lambda module: module.values(probability, value))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 7])
+def test_table_quantizers_equal_the_engine(generator, bits):
+    x = torch.randn(5, 9, 48, generator=generator) ** 3
+    source = seeded(nn.Linear, 48, 31)
+    layer = calibrated(SimulatedLinear(source, LayerPlan("linear", 4, bits, "table")), x)
+    assert len(layer.input_table.unique()) <= 2**bits
+    frozen = assert_frozen_equal(layer, lambda module: module(3 * x))
+    assert torch.equal(frozen.input_table, layer.input_table)
+    query, key, value = torch.randn(3, 2, 3, 17, 16, generator=generator)
+    probability = (4 * query @ key.mT).softmax(-1)
+    products = SimulatedProducts(LayerPlan("attention", 0, bits, "table", "table"))
+    calibrated(products, query, key, call=products.scores)
+    calibrated(products, probability, value, call=products.values)
+    assert_frozen_equal(products, lambda module: module.scores(query, key))
+    assert_frozen_equal(products, lambda module: module.values(probability, value))
 
 
 @pytest.mark.parametrize("bits", [5, 6])
@@ -87,7 +104,7 @@ def test_deep_log2_sums_equal_the_engine_to_rounding(generator, bits):
     """Beyond four bits the least power of two is too small for an exact float32 sum."""
     query, key, value = torch.randn(3, 2, 3, 17, 16, generator=generator)
     probability = (4 * query @ key.mT).softmax(-1)
-    layer = SimulatedProducts(LayerPlan("attention", 0, bits, "log2"))
+    layer = SimulatedProducts(LayerPlan("attention", 0, bits, "uniform", "log2"))
     calibrated(layer, probability, value, call=layer.values)
     expected = layer.values(probability, value)
     for backend in EXACT_BACKENDS:
@@ -103,7 +120,7 @@ def test_a_disabled_layer_is_the_float_layer(generator):
     plans = LayerPlan("linear", 2, 2), LayerPlan("conv", 2, 8)
     torch.testing.assert_close(SimulatedLinear(linear, plans[0])(x), linear(x))
     torch.testing.assert_close(SimulatedLinear(conv, plans[1])(images), conv(images))
-    products = SimulatedProducts(LayerPlan("attention", 0, 2, "log2"))
+    products = SimulatedProducts(LayerPlan("attention", 0, 2, "uniform", "log2"))
     query, key = torch.randn(2, 2, 1, 5, 4, generator=generator)
     assert torch.equal(products.scores(query, key), query @ key.mT)
     assert torch.equal(products.values(query @ key.mT, key), query @ key.mT @ key)

@@ -14,6 +14,18 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def uniform_levels(
+    values: tl.tensor, step: tl.tensor, zero: tl.tensor, TOP: tl.constexpr
+) -> tl.tensor:
+    """`clamp(round(values / step) + zero, 0, TOP)` as int32."""
+    ratio = tl.div_rn(values, step)
+    # Adding and taking away 1.5 * 2^23 rounds half to even, as long as the ratio is below 2^22.
+    ratio = tl.minimum(tl.maximum(ratio, -2097152.0), 2097152.0)
+    level = (ratio + 12582912.0) - 12582912.0 + zero
+    return tl.minimum(tl.maximum(level, 0.0), TOP).to(tl.int32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def quantize_uniform_kernel(
     x: tl.tensor,
     scale: tl.tensor,
@@ -38,12 +50,8 @@ def quantize_uniform_kernel(
     values = tl.load(x + offsets, mask=inside, other=0.0)
     step = tl.load(scale + row * SCALE_STEP, mask=valid, other=1.0)
     zero = tl.load(zero_point + row * ZERO_STEP, mask=valid, other=0).to(tl.float32)
-    ratio = tl.div_rn(values, step[:, None])
-    # Adding and taking away 1.5 * 2^23 rounds half to even, as long as the ratio is below 2^22.
-    ratio = tl.minimum(tl.maximum(ratio, -2097152.0), 2097152.0)
-    level = (ratio + 12582912.0) - 12582912.0 + zero[:, None]
-    level = tl.minimum(tl.maximum(level, 0.0), TOP)
-    tl.store(codes + offsets, level.to(tl.int32).to(tl.uint8), mask=inside)
+    level = uniform_levels(values, step[:, None], zero[:, None], TOP)
+    tl.store(codes + offsets, level.to(tl.uint8), mask=inside)
 
 
 def quantize_uniform(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:

@@ -39,6 +39,7 @@ class ReconstructionConfig:
         batch_size: Images per step.
         seed: Order of the images.
         bfloat16: Run the products of training steps in bfloat16 (codes are exact in it).
+        drop: Share of activations left unrounded in a training step (QDrop, arXiv 2203.05740).
     """
 
     steps: int = 100
@@ -46,6 +47,7 @@ class ReconstructionConfig:
     batch_size: int = 8
     seed: int = 0
     bfloat16: bool = False
+    drop: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,7 @@ def _feeds_within(
 
 def _train(
     unit: nn.Module,
+    layers: Sequence[SimulatedLayer],
     trained: Sequence[nn.Parameter],
     x: Tensor,
     kwargs: dict[str, Any],
@@ -206,6 +209,9 @@ def _train(
         parameter.requires_grad_(True)
     optimizer = torch.optim.Adam(trained, lr=config.learning_rate)
     generator = torch.Generator().manual_seed(config.seed)
+    for layer in layers:
+        layer.drop = config.drop
+        layer.generator = torch.Generator(x.device).manual_seed(config.seed)
     for step in range(config.steps):
         rate = 0.5 * config.learning_rate * (1.0 + math.cos(math.pi * step / config.steps))
         optimizer.param_groups[0]["lr"] = rate
@@ -218,6 +224,8 @@ def _train(
         optimizer.step()
     for parameter in trained:
         parameter.requires_grad_(False)
+    for layer in layers:
+        layer.drop, layer.generator = 0.0, None
 
 
 def reconstruct(
@@ -258,7 +266,7 @@ def reconstruct(
             before = _relative_error(_apply(unit, x, kwargs, batch), target)
             trained = [p for m in layers if isinstance(m, SimulatedLinear) for p in m.parameters()]
             untrained = [parameter.detach().clone() for parameter in trained]
-            _train(unit, trained, x, kwargs, target, config)
+            _train(unit, layers, trained, x, kwargs, target, config)
             after = _relative_error(_apply(unit, x, kwargs, batch), target)
             if not after <= before:
                 with torch.no_grad():

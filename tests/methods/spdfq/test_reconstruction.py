@@ -94,6 +94,23 @@ def test_a_frozen_model_equals_its_simulation(prepare, images, name, bits, steps
         assert torch.equal(model(fresh), expected[1])
 
 
+@pytest.mark.parametrize("bits", ["w2a2", "w3a3", "w4a4", "w4a6", "w6a7"])
+@pytest.mark.parametrize("name", MODELS)
+def test_tables_are_exact_at_every_width(prepare, images, name, bits):
+    reference, model = prepare(name, bits, quantizer="table")
+    rebuilt(reference, model, images, steps=2, drop=0.5)
+    fresh = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(images), model(fresh)
+        freeze(model)
+        with dispatch.trace() as decisions:
+            assert torch.equal(model(images), expected[0])
+        assert torch.equal(model(fresh), expected[1])
+    ran = {decision.op for decision in decisions}
+    assert {"quantize_table", "linear", "matmul"} <= ran
+    assert "matmul_log2" not in ran
+
+
 @pytest.mark.parametrize("bits", ["w4a5", "w4a6"])
 @pytest.mark.parametrize("name", MODELS)
 def test_deep_log2_codes_agree_to_rounding(prepare, images, name, bits):
