@@ -58,8 +58,10 @@ def test_a_checkpoint_describes_itself(quantize, demo):
         "kind": "linear",
         "weight_bits": 8,
         "input_bits": 8,
+        "quantizer": "uniform",
     }
-    assert layers["blocks.0.attn"]["probabilities"] == "log2"
+    assert layers["blocks.0.attn"]["quantizer"] == "table"
+    assert layers["blocks.0.attn"]["probabilities"] == "table"
     assert result.to_json()
     assert result.to_markdown()
 
