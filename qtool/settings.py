@@ -161,7 +161,9 @@ class SynthesizeSettings(WriterSettings):
     out: Path = Field(description="Folder for the pictures.")
     count: int = Field(default=32, ge=1, description="Number of pictures.")
     method: SynthesisMethod = Field(default="spdfq", description="How pictures are made.")
-    effort: Effort = Field(default="standard", description="Budget; standard is the paper's.")
+    effort: Effort = Field(
+        default="standard", description="Budget; standard takes the paper's number of steps."
+    )
     steps: int | None = Field(
         default=None, ge=1, description="Optimisation steps; overrides the effort."
     )
@@ -215,7 +217,9 @@ class QuantizeSettings(WriterSettings):
         default="strong",
         description="strong: table quantizers for activations; paper: as SPDFQ publishes it.",
     )
-    effort: Effort = Field(default="standard", description="Budget; standard is the paper's.")
+    effort: Effort = Field(
+        default="standard", description="Budget; standard takes the paper's number of steps."
+    )
     count: int = Field(default=32, ge=1, description="Number of calibration pictures.")
     steps: int | None = Field(
         default=None, ge=1, description="Optimisation steps; overrides the effort."

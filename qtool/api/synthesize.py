@@ -34,8 +34,8 @@ PICTURES = "images"
 STEPS = {"quick": 200, "standard": 1000, "max": 2000}
 """Optimiser steps per effort; standard is the paper's budget."""
 
-QUICK_PATCHES = 1.0
-"""With quick effort, patches per step as a multiple of the batch (all of them otherwise)."""
+ALL_PATCHES = "max"
+"""The effort whose steps use every patch; the others draw as many as the batch has images."""
 
 _RESUME = ".resume.safetensors"
 _SAVE_SECONDS = 20.0
@@ -60,7 +60,7 @@ def synthesis_config(
         learning_rate=learning_rate or (0.25 if windows else 0.2),
         seed=seed,
         classes=classes,
-        patches_per_step=round(QUICK_PATCHES * batch_size) if effort == "quick" else None,
+        patches_per_step=None if effort == ALL_PATCHES else batch_size,
         bfloat16=bfloat16_is_faster(next(model.parameters()).device),
     )
 
