@@ -29,7 +29,7 @@ MIN_CAPABILITY = (8, 0)
 
 # Triton takes these words for yes, and reads them when a kernel is defined.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in {"1", "y", "yes", "on", "true"}
-_KERNEL_FILES = {"prepare_weight": "unpack_codes"}
+_KERNEL_FILES = {"prepare_weight": "unpack_codes", "quantize_table": "quantize_uniform"}
 
 
 class Decision(NamedTuple):

@@ -107,6 +107,15 @@ def table_levels(x: Tensor, scale: Tensor, zero_point: Tensor, table: Tensor) ->
     return levels
 
 
+def activation_levels(
+    x: Tensor, scale: Tensor, zero_point: Tensor, table: Tensor | None, *, bits: int
+) -> Tensor:
+    """`table_levels` where there is a table, else `uniform_levels`."""
+    if table is None:
+        return uniform_levels(x, scale, zero_point, bits=bits)
+    return table_levels(x, scale, zero_point, table)
+
+
 def log2_levels(x: Tensor, scale: Tensor, *, bits: int) -> Tensor:
     """Quantize non-negative values to powers of two: 2^-q, or 0 for the top code.
 

@@ -82,12 +82,6 @@ class SimulatedLinear(SimulatedLayer):
     input_zero_point: Tensor
     input_table: Tensor | None
 
-    def _input_levels(self, x: Tensor) -> Tensor:
-        scale, zero = self.input_scale, self.input_zero_point
-        if self.input_table is not None:
-            return quantizers.table_levels(x, scale, zero, self.input_table)
-        return quantizers.uniform_levels(x, scale, zero, bits=self.plan.input_bits)
-
     def weight_levels(self) -> Tensor:
         """Weight codes minus their zero points, (N, K), integer-valued."""
         return quantizers.uniform_levels(
@@ -104,7 +98,9 @@ class SimulatedLinear(SimulatedLayer):
             x = to_patches(x, self.patch)
         self.observe(input=x)
         if self.enabled:
-            levels = self.dropped(x, self.input_scale, self._input_levels(x))
+            scale, zero, bits = self.input_scale, self.input_zero_point, self.plan.input_bits
+            levels = quantizers.activation_levels(x, scale, zero, self.input_table, bits=bits)
+            levels = self.dropped(x, scale, levels)
             y = F.linear(levels, self.weight_levels()) * (self.input_scale * self.weight_scale)
             y = y if self.bias is None else y + self.bias
         else:
@@ -188,10 +184,8 @@ class SimulatedProducts(SimulatedLayer):
         scale, zero = self.frozen.parameters_of(name)
         if name == "probability" and self.plan.probabilities == "log2":
             return quantizers.log2_levels(x, scale, bits=self.plan.input_bits), scale
-        table = self.frozen.table_of(name)
-        if table is not None:
-            return quantizers.table_levels(x, scale, zero, table), scale
-        return quantizers.uniform_levels(x, scale, zero, bits=self.plan.input_bits), scale
+        table, bits = self.frozen.table_of(name), self.plan.input_bits
+        return quantizers.activation_levels(x, scale, zero, table, bits=bits), scale
 
     def _product(self, left: str, a: Tensor, right: str, b: Tensor) -> Tensor:
         (a_levels, a_scale), (b_levels, b_scale) = self._levels(left, a), self._levels(right, b)

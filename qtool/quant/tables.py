@@ -46,7 +46,7 @@ def optimal_table(values: Tensor, weights: Tensor, *, bits: int) -> tuple[Tensor
     bins = flat.round().clamp(0, _GRID - 1).long()
     sums = torch.zeros(3, _GRID + 1, dtype=torch.float64, device=flat.device)
     for row, moment in enumerate((weight, weight * flat, weight * flat * flat)):
-        sums[row, 1:] = torch.zeros_like(sums[row, 1:]).index_add_(0, bins, moment)
+        sums[row].index_add_(0, bins + 1, moment)
     mass, first, second = sums.cumsum(1).cpu()
     # Entry (i, j): one level for the fine codes i..j-1.
     mass, first, second = (m[None, :] - m[:, None] for m in (mass, first, second))
@@ -65,7 +65,7 @@ def optimal_table(values: Tensor, weights: Tensor, *, bits: int) -> tuple[Tensor
         best = torch.where(worse, best, found)
     table = torch.empty(_GRID, dtype=torch.uint8)
     stop = _GRID
-    for choice in [*reversed(starts)]:
+    for choice in reversed(starts):
         start_at = int(choice[stop])
         if start_at < 0:
             continue

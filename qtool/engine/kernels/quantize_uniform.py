@@ -1,4 +1,4 @@
-"""Triton: uniform codes, per tensor or per token."""
+"""Triton: uniform codes and levels of a table, per tensor or per token."""
 
 from __future__ import annotations
 
@@ -14,28 +14,18 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def uniform_levels(
-    values: tl.tensor, step: tl.tensor, zero: tl.tensor, TOP: tl.constexpr
-) -> tl.tensor:
-    """`clamp(round(values / step) + zero, 0, TOP)` as int32."""
-    ratio = tl.div_rn(values, step)
-    # Adding and taking away 1.5 * 2^23 rounds half to even, as long as the ratio is below 2^22.
-    ratio = tl.minimum(tl.maximum(ratio, -2097152.0), 2097152.0)
-    level = (ratio + 12582912.0) - 12582912.0 + zero
-    return tl.minimum(tl.maximum(level, 0.0), TOP).to(tl.int32)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
 def quantize_uniform_kernel(
     x: tl.tensor,
     scale: tl.tensor,
     zero_point: tl.tensor,
+    table: tl.tensor,
     codes: tl.tensor,
     rows: tl.tensor,
     width: tl.tensor,
     SCALE_STEP: tl.constexpr,
     ZERO_STEP: tl.constexpr,
     TOP: tl.constexpr,
+    HAS_TABLE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ) -> None:
@@ -50,12 +40,29 @@ def quantize_uniform_kernel(
     values = tl.load(x + offsets, mask=inside, other=0.0)
     step = tl.load(scale + row * SCALE_STEP, mask=valid, other=1.0)
     zero = tl.load(zero_point + row * ZERO_STEP, mask=valid, other=0).to(tl.float32)
-    level = uniform_levels(values, step[:, None], zero[:, None], TOP)
-    tl.store(codes + offsets, level.to(tl.uint8), mask=inside)
+    ratio = tl.div_rn(values, step[:, None])
+    # Adding and taking away 1.5 * 2^23 rounds half to even, as long as the ratio is below 2^22.
+    ratio = tl.minimum(tl.maximum(ratio, -2097152.0), 2097152.0)
+    level = (ratio + 12582912.0) - 12582912.0 + zero[:, None]
+    code = tl.minimum(tl.maximum(level, 0.0), TOP).to(tl.int32)
+    if HAS_TABLE:
+        code = tl.load(table + code, mask=inside, other=0)
+    tl.store(codes + offsets, code.to(tl.uint8), mask=inside)
 
 
 def quantize_uniform(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     """Uniform codes of `x`; see `qtool.engine.ops.quantize_uniform`."""
+    return _launch(x, scale, zero_point, None, bits)
+
+
+def quantize_table(x: Tensor, scale: Tensor, zero_point: Tensor, table: Tensor) -> Tensor:
+    """Levels of `x`; see `qtool.engine.ops.quantize_table`."""
+    return _launch(x, scale, zero_point, table.contiguous(), 8)
+
+
+def _launch(
+    x: Tensor, scale: Tensor, zero_point: Tensor, table: Tensor | None, bits: int
+) -> Tensor:
     x, scale, zero_point = x.contiguous(), scale.contiguous(), zero_point.contiguous()
     codes = torch.empty_like(x, dtype=torch.uint8)
     if x.numel() == 0:
@@ -67,12 +74,14 @@ def quantize_uniform(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) ->
             x,
             scale,
             zero_point,
+            codes if table is None else table,
             codes,
             rows,
             width,
             SCALE_STEP=int(scale.numel() > 1),
             ZERO_STEP=int(zero_point.numel() > 1),
             TOP=2**bits - 1,
+            HAS_TABLE=table is not None,
             **BLOCK,
             **OPTIONS,
         )
