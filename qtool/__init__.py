@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from qtool.api.quantize import quantize
     from qtool.api.synthesize import synthesize_images
     from qtool.errors import QtoolError
-    from qtool.settings import EvaluateSettings, QuantizeSettings, SynthesizeSettings
+    from qtool.settings.evaluate import EvaluateSettings
+    from qtool.settings.quantize import QuantizeSettings
+    from qtool.settings.synthesize import SynthesizeSettings
 
     __version__: str
 
@@ -31,10 +33,10 @@ __all__ = [
 ]
 
 _HOME = {
-    "EvaluateSettings": "qtool.settings",
+    "EvaluateSettings": "qtool.settings.evaluate",
     "QtoolError": "qtool.errors",
-    "QuantizeSettings": "qtool.settings",
-    "SynthesizeSettings": "qtool.settings",
+    "QuantizeSettings": "qtool.settings.quantize",
+    "SynthesizeSettings": "qtool.settings.synthesize",
     "evaluate": "qtool.api.evaluate",
     "load": "qtool.api.load",
     "quantize": "qtool.api.quantize",

@@ -41,7 +41,7 @@ def test_import_rules_hold(repository):
 
 @pytest.mark.parametrize(
     "module",
-    ["qtool", "qtool.settings", "qtool.report", "qtool.models.registry", "qtool.cli.app"],
+    ["qtool", "qtool.settings.quantize", "qtool.report", "qtool.models.registry", "qtool.cli.app"],
 )
 def test_start_needs_no_torch(module):
     heavy = _run_python(

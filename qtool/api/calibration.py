@@ -15,7 +15,7 @@ from qtool.api.synthesize import TENSORS, ResumableSynthesis, read_tensor_file, 
 from qtool.errors import CheckpointError, Progress, UsageError
 from qtool.io import folders
 from qtool.models import vision
-from qtool.settings import QuantizeSettings
+from qtool.settings.quantize import QuantizeSettings
 
 
 @dataclass

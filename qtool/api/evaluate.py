@@ -21,7 +21,7 @@ from qtool.io import folders
 from qtool.metrics.accuracy import standard_error, topk_hits
 from qtool.models import vision
 from qtool.report import Result, Status, Table
-from qtool.settings import EvaluateSettings
+from qtool.settings.evaluate import EvaluateSettings
 
 METRICS = ("top1", "top5", "drop", "agreement")
 """What `--min` can gate; for `drop`, the largest loss of top-1 points that passes."""

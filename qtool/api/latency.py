@@ -14,7 +14,7 @@ from qtool.api.runtime import bfloat16_is_faster
 from qtool.api.target import Target
 from qtool.quant.plan import LayerPlan
 from qtool.report import Table
-from qtool.settings import EvaluateSettings
+from qtool.settings.evaluate import EvaluateSettings
 
 _ROUNDS = 7
 

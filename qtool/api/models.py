@@ -10,7 +10,7 @@ from qtool.errors import Progress, UsageError
 from qtool.io import checkpoint
 from qtool.models import registry
 from qtool.report import Result, Table
-from qtool.settings import InfoSettings, ModelsSettings
+from qtool.settings.models import InfoSettings, ModelsSettings
 
 
 def list_models(settings: ModelsSettings, progress: Progress | None = None) -> Result:

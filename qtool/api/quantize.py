@@ -28,7 +28,7 @@ from qtool.methods.spdfq.reconstruction import (
 from qtool.models import registry, vision
 from qtool.quant.plan import LayerPlan, plan_layers, weight_parameters
 from qtool.report import Picture, Result, Table
-from qtool.settings import QuantizeSettings
+from qtool.settings.quantize import QuantizeSettings
 
 PAPER = "SPDFQ, arXiv 2412.16553"
 RECONSTRUCTION_STEPS = {"quick": 100, "standard": 100, "max": 400}

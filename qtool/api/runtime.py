@@ -16,7 +16,7 @@ from qtool.io import folders, images
 from qtool.io.atomic import write_file
 from qtool.models.vision import DataConfig
 from qtool.report import Result
-from qtool.settings import CommonSettings
+from qtool.settings.base import CommonSettings
 
 notice = logging.getLogger("qtool.notice")
 

@@ -22,7 +22,7 @@ from qtool.methods.spdfq.batch import Method, SynthesisConfig, SyntheticImages
 from qtool.methods.spdfq.synthesis import synthesize
 from qtool.models import vision
 from qtool.report import Picture, Result, Table
-from qtool.settings import SynthesizeSettings
+from qtool.settings.synthesize import SynthesizeSettings
 
 TENSORS = "synthetic.safetensors"
 """Exact pixels, labels, priors and boxes, in a folder of synthesized pictures."""

@@ -13,7 +13,7 @@ from qtool.api.runtime import notice
 from qtool.errors import CheckpointError, QtoolError, UsageError
 from qtool.io import checkpoint
 from qtool.models import vision
-from qtool.settings import EvaluateSettings
+from qtool.settings.evaluate import EvaluateSettings
 
 
 @dataclass

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from qtool.errors import UsageError
-from qtool.settings import Settings
+from qtool.settings.base import Settings
 
 ENVIRONMENT: Final = {
     "device": "QTOOL_DEVICE",

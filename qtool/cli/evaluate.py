@@ -9,7 +9,7 @@ import typer
 
 from qtool.cli.options import OUTPUT, add_command, argument, complete_models, option
 from qtool.cli.session import session
-from qtool.settings import EvaluateSettings
+from qtool.settings.evaluate import EvaluateSettings
 
 
 def evaluate(

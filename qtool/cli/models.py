@@ -9,7 +9,7 @@ import typer
 
 from qtool.cli.options import add_command, argument, complete_models
 from qtool.cli.session import session
-from qtool.settings import InfoSettings, ModelsSettings
+from qtool.settings.models import InfoSettings, ModelsSettings
 
 
 def models(

@@ -13,7 +13,7 @@ from typer.models import ArgumentInfo, OptionInfo
 
 from qtool.cli.console import ColorMode
 from qtool.quant.bits import WEIGHT_BITS
-from qtool.settings import DEVICES, Backend, CommonSettings, DType, Settings, WriterSettings
+from qtool.settings.base import DEVICES, Backend, CommonSettings, DType, Settings, WriterSettings
 
 Complete = Callable[[str], list[str]]
 

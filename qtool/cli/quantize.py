@@ -9,7 +9,8 @@ import typer
 
 from qtool.cli.options import OUTPUT, add_command, argument, complete_bits, complete_models, option
 from qtool.cli.session import session
-from qtool.settings import Effort, QuantizeSettings, Recipe
+from qtool.settings.base import Effort
+from qtool.settings.quantize import QuantizeSettings, Recipe
 
 _PICTURES = "Calibration pictures (choose one source)"
 

@@ -16,7 +16,7 @@ from qtool.cli.console import Look, Terminal, logs, show_result, write_text
 from qtool.cli.progress import ProgressReporter, progress_mode
 from qtool.errors import QtoolError, UsageError
 from qtool.report import Result
-from qtool.settings import CommonSettings
+from qtool.settings.base import CommonSettings
 
 S = TypeVar("S", bound=CommonSettings)
 

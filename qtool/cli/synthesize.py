@@ -9,7 +9,8 @@ import typer
 
 from qtool.cli.options import OUTPUT, add_command, argument, complete_models, option
 from qtool.cli.session import session
-from qtool.settings import Effort, SynthesisMethod, SynthesizeSettings
+from qtool.settings.base import Effort
+from qtool.settings.synthesize import SynthesisMethod, SynthesizeSettings
 
 
 def images(

@@ -15,7 +15,7 @@ from qtool.api import synthesize as synthesize_api
 from qtool.engine import dispatch
 from qtool.models import vision
 from qtool.report import Result
-from qtool.settings import QuantizeSettings
+from qtool.settings.quantize import QuantizeSettings
 
 DEMO = {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2}
 SWIN = {

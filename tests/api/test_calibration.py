@@ -10,7 +10,7 @@ from qtool.api import synthesize as synthesize_api
 from qtool.errors import CheckpointError, UsageError
 from qtool.io import checkpoint
 from qtool.io.container import write_container
-from qtool.settings import SynthesizeSettings
+from qtool.settings.synthesize import SynthesizeSettings
 
 OUT = Path("q.safetensors")
 

@@ -12,7 +12,7 @@ from qtool.demo import pictures
 from qtool.errors import CheckpointError, ImageError, MissingError, UsageError
 from qtool.io import images
 from qtool.models import vision
-from qtool.settings import EvaluateSettings
+from qtool.settings.evaluate import EvaluateSettings
 
 OUT = Path("q.safetensors")
 

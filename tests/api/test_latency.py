@@ -7,7 +7,7 @@ import torch
 from qtool.api import evaluate as evaluate_api
 from qtool.api import latency
 from qtool.io import checkpoint
-from qtool.settings import EvaluateSettings
+from qtool.settings.evaluate import EvaluateSettings
 
 OUT = Path("q.safetensors")
 

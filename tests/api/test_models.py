@@ -7,7 +7,7 @@ import pytest
 from qtool.api.models import info, list_models
 from qtool.errors import CheckpointError, UsageError
 from qtool.models import registry
-from qtool.settings import InfoSettings, ModelsSettings
+from qtool.settings.models import InfoSettings, ModelsSettings
 
 
 def test_all_models_are_listed():

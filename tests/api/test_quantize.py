@@ -21,7 +21,8 @@ from qtool.io import checkpoint
 from qtool.io.cache import sha256_file
 from qtool.methods.spdfq import batch as batches
 from qtool.models import vision
-from qtool.settings import QuantizeSettings, SynthesizeSettings
+from qtool.settings.quantize import QuantizeSettings
+from qtool.settings.synthesize import SynthesizeSettings
 
 OUT = Path("q.safetensors")
 STATE = Path(".q.safetensors.resume")

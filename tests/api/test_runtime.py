@@ -8,7 +8,7 @@ import torch
 from qtool.api.runtime import bfloat16_is_faster, choose_device, prepare
 from qtool.engine import dispatch
 from qtool.errors import BackendError, MissingError
-from qtool.settings import CommonSettings
+from qtool.settings.base import CommonSettings
 
 
 def test_the_cpu_is_always_there():

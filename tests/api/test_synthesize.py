@@ -13,7 +13,7 @@ from qtool.errors import CheckpointError, MissingError, OutputExistsError, Usage
 from qtool.io import images
 from qtool.methods.spdfq import batch as batches
 from qtool.models import vision
-from qtool.settings import SynthesizeSettings
+from qtool.settings.synthesize import SynthesizeSettings
 
 
 def settings(model, **options):

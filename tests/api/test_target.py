@@ -8,7 +8,7 @@ import pytest
 from qtool.api import evaluate as evaluate_api
 from qtool.errors import MissingError, UsageError
 from qtool.models import vision
-from qtool.settings import EvaluateSettings
+from qtool.settings.evaluate import EvaluateSettings
 
 OUT = Path("q.safetensors")
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from qtool.cli.config import to_toml
-from qtool.settings import QuantizeSettings, SynthesizeSettings
+from qtool.settings.quantize import QuantizeSettings
+from qtool.settings.synthesize import SynthesizeSettings
 
 FILE = """
 [quantize]

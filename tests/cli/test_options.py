@@ -9,14 +9,11 @@ from typer.main import get_command
 
 from qtool.cli import evaluate, models, quantize, synthesize
 from qtool.cli.app import app
-from qtool.settings import (
-    EvaluateSettings,
-    InfoSettings,
-    ModelsSettings,
-    QuantizeSettings,
-    SynthesizeSettings,
-    WriterSettings,
-)
+from qtool.settings.base import WriterSettings
+from qtool.settings.evaluate import EvaluateSettings
+from qtool.settings.models import InfoSettings, ModelsSettings
+from qtool.settings.quantize import QuantizeSettings
+from qtool.settings.synthesize import SynthesizeSettings
 
 COMMANDS = {
     "synthesize images": SynthesizeSettings,

@@ -7,13 +7,10 @@ from pathlib import Path
 import pytest
 
 from qtool.report import Result, Table
-from qtool.settings import (
-    EvaluateSettings,
-    InfoSettings,
-    ModelsSettings,
-    QuantizeSettings,
-    SynthesizeSettings,
-)
+from qtool.settings.evaluate import EvaluateSettings
+from qtool.settings.models import InfoSettings, ModelsSettings
+from qtool.settings.quantize import QuantizeSettings
+from qtool.settings.synthesize import SynthesizeSettings
 
 CALLS = [
     (

@@ -1,26 +1,27 @@
-"""Settings: defaults, checks and what is said about wrong values."""
+"""Settings shared by all commands: defaults, checks and what is said about wrong values."""
 
+import importlib
 import inspect
-from pathlib import Path
+import pkgutil
 
 import pytest
 
-from qtool import settings as module
+import qtool.settings as package
 from qtool.errors import UsageError
-from qtool.quant.bits import BitSpec
-from qtool.settings import (
-    CommonSettings,
-    EvaluateSettings,
-    QuantizeSettings,
-    Settings,
-    SynthesizeSettings,
-)
+from qtool.settings.base import CommonSettings, Settings
+from qtool.settings.quantize import QuantizeSettings
 
-MODELS = [
-    model
-    for _, model in inspect.getmembers(module, inspect.isclass)
-    if issubclass(model, Settings) and model is not Settings
-]
+MODELS = sorted(
+    {
+        model
+        for found in pkgutil.iter_modules(package.__path__)
+        for _, model in inspect.getmembers(
+            importlib.import_module(f"qtool.settings.{found.name}"), inspect.isclass
+        )
+        if issubclass(model, Settings) and model is not Settings
+    },
+    key=lambda model: model.__name__,
+)
 
 
 def quantize(**values: object) -> QuantizeSettings:
@@ -87,55 +88,3 @@ def test_incomplete_settings_skip_rules_between_fields_only():
 @pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:1"])
 def test_devices(device):
     assert CommonSettings.build({"device": device}).device == device
-
-
-def test_bits_are_normalised():
-    made = quantize(bits="W4A8", keep=("head=8",))
-    assert made.bits == "w4a8"
-    assert made.bit_spec == BitSpec(4, 8)
-    assert made.kept == (("head", BitSpec(8, 8)),)
-
-
-@pytest.mark.parametrize(
-    ("model", "name"),
-    [
-        ("vit_b", "vit_b-w4a4.safetensors"),
-        ("hf-hub:timm/vit_base.augreg", "vit_base.augreg-w4a4.safetensors"),
-        ("local-dir:weights/mine/", "mine-w4a4.safetensors"),
-        ("dir/own weights.safetensors", "own-weights-w4a4.safetensors"),
-    ],
-)
-def test_output_is_named_after_model_and_bits(model, name):
-    assert quantize(model=model).output == Path(name)
-
-
-def test_output_can_be_named():
-    assert quantize(out="here.safetensors").output == Path("here.safetensors")
-
-
-@pytest.mark.parametrize(
-    ("classes", "indices"),
-    [("", ()), ("3", (3,)), ("0-3, 17,2", (0, 1, 2, 3, 17)), ("5-5", (5,))],
-)
-def test_classes(classes, indices):
-    made = SynthesizeSettings.build({"model": "vit_b", "out": "x", "classes": classes})
-    assert made.class_indices == indices
-
-
-@pytest.mark.parametrize("classes", ["a", "3-1", "-3", "1;2", "1-2-3", "1234567"])
-def test_wrong_classes(classes):
-    with pytest.raises(UsageError, match="cannot be read"):
-        SynthesizeSettings.build({"model": "vit_b", "out": "x", "classes": classes})
-
-
-def test_gates():
-    made = EvaluateSettings.build({"target": "vit_b", "minimum": ("top1=75", "top5 = 92.5")})
-    assert made.gates == (("top1", 75.0), ("top5", 92.5))
-
-
-@pytest.mark.parametrize(
-    "gate", ["75", "top1", "top1=", "=75", "top1=high", "top1=nan", "top1=inf"]
-)
-def test_wrong_gates(gate):
-    with pytest.raises(UsageError, match="METRIC=VALUE"):
-        EvaluateSettings.build({"target": "vit_b", "minimum": (gate,)})

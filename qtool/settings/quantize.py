@@ -1,0 +1,100 @@
+"""Settings of `qtool quantize`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, ValidationInfo, model_validator
+
+from qtool.errors import UsageError
+from qtool.quant.bits import BitSpec, parse_rule
+from qtool.settings.base import Effort, ReportPath, WriterSettings
+
+Recipe = Literal["paper", "strong"]
+
+
+def _checked_bits(value: str) -> str:
+    spec = BitSpec.parse(value)
+    if not spec.integer:
+        raise UsageError(
+            f"{spec} keeps activations in floating point, which the integer engine cannot do",
+            remedy="give activations 2 to 8 bits, for example w4a8",
+        )
+    return str(spec)
+
+
+class QuantizeSettings(WriterSettings):
+    """`qtool quantize`: a model to one safetensors file of low-bit integers."""
+
+    model: str = Field(
+        min_length=1, description="Model: an alias, a timm name, a .safetensors file, hf-hub:ID."
+    )
+    bits: Annotated[str, AfterValidator(_checked_bits)] = Field(
+        default="w4a4", description="Bits of weights and activations, 2 to 8 each."
+    )
+    data_free: bool = Field(default=False, description="Synthesize the calibration pictures first.")
+    calib: Path | None = Field(default=None, description="Folder of pictures to calibrate on.")
+    synthetic: Path | None = Field(
+        default=None, description="Folder made by `qtool synthesize images`."
+    )
+    recipe: Recipe = Field(
+        default="strong",
+        description="strong: table quantizers for activations; paper: as SPDFQ publishes it.",
+    )
+    effort: Effort = Field(
+        default="standard", description="Budget; standard takes the paper's number of steps."
+    )
+    count: int = Field(default=32, ge=1, description="Number of calibration pictures.")
+    steps: int | None = Field(
+        default=None, ge=1, description="Optimisation steps; overrides the effort."
+    )
+    keep: tuple[str, ...] = Field(
+        default=(), description="GLOB=BITS for layers that need other bits."
+    )
+    skip: tuple[str, ...] = Field(
+        default=(), description="GLOB of layers that stay in floating point."
+    )
+    weights: str = Field(
+        default="pretrained", min_length=1, description="pretrained, or a weight file."
+    )
+    out: Path | None = Field(
+        default=None, description="File to write; otherwise ./MODEL-BITS.safetensors."
+    )
+    report: ReportPath = Field(default=None, description="Report to write: .json, .md or .html.")
+    verify: bool = Field(default=True, description="Load the file again and compare its outputs.")
+
+    @model_validator(mode="after")
+    def _rules_can_be_read(self) -> Self:
+        _ = self.kept
+        return self
+
+    @model_validator(mode="after")
+    def _one_source_of_pictures(self, info: ValidationInfo) -> Self:
+        given = [self.data_free, self.calib is not None, self.synthetic is not None].count(True)
+        if given != 1 and (info.context or {}).get("complete", True):
+            raise UsageError(
+                f"{'several sources' if given else 'no source'} of calibration pictures given",
+                remedy="give exactly one of --data-free, --calib DIR and --synthetic DIR",
+            )
+        return self
+
+    @property
+    def bit_spec(self) -> BitSpec:
+        """The bits of all layers without a rule of their own."""
+        return BitSpec.parse(self.bits)
+
+    @property
+    def kept(self) -> tuple[tuple[str, BitSpec], ...]:
+        """`keep` as pairs of glob and bits."""
+        return tuple(parse_rule(rule) for rule in self.keep)
+
+    @property
+    def output(self) -> Path:
+        """The file to write: `out`, or MODEL-BITS.safetensors in the current folder."""
+        if self.out is not None:
+            return self.out
+        name = re.split("[/:]", self.model.rstrip("/"))[-1].removesuffix(".safetensors")
+        safe = re.sub(r"[^\w.-]+", "-", name)
+        return Path(f"{safe}-{self.bits}.safetensors")
