@@ -140,6 +140,37 @@ def linear(
     return y.view(*x.shape[:-1], len(weight))
 
 
+def linear_nested(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+) -> Tensor:
+    """Linear layer with the leading bits of its weight; see `qtool.engine.ops.linear_nested`.
+
+    With h the shifted weight a level is 2 h + 1, so one product with h and the sums of the rows of
+    `x` make the product with the levels.
+    """
+    in_features = x.shape[-1]
+    columns = (weight >> (8 - bits)).t()
+    row_of_ones, column_of_ones = x.new_ones(1, in_features), weight.new_ones(in_features, 1)
+    level_sums = 2 * torch._int_mm(row_of_ones, columns) + in_features
+    x_scale, x_zero = x_scale.reshape(-1, 1), x_zero.reshape(-1, 1)
+    codes = x.reshape(math.prod(x.shape[:-1]), in_features)
+    y = weight_scale.new_empty(len(codes), len(weight))
+    for rows in _blocks(len(codes), BLOCK_ROWS):
+        sums = torch._int_mm(codes[rows], columns).mul_(2)
+        sums += torch._int_mm(codes[rows], column_of_ones)
+        sums -= _rows(x_zero, rows) * level_sums
+        y[rows].copy_(sums).mul_(_rows(x_scale, rows) * weight_scale)
+        if bias is not None:
+            y[rows] += bias
+    return y.view(*x.shape[:-1], len(weight))
+
+
 def matmul(
     a: Tensor, a_scale: Tensor, a_zero: Tensor, b: Tensor, b_scale: Tensor, b_zero: Tensor
 ) -> Tensor:
