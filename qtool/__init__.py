@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from qtool.api.quantize import quantize
     from qtool.api.synthesize import synthesize_images
     from qtool.errors import QtoolError
+    from qtool.quant.widths import bits
     from qtool.settings.evaluate import EvaluateSettings
     from qtool.settings.quantize import QuantizeSettings
     from qtool.settings.synthesize import SynthesizeSettings
@@ -26,6 +27,7 @@ __all__ = [
     "QuantizeSettings",
     "SynthesizeSettings",
     "__version__",
+    "bits",
     "evaluate",
     "load",
     "quantize",
@@ -37,6 +39,7 @@ _HOME = {
     "QtoolError": "qtool.errors",
     "QuantizeSettings": "qtool.settings.quantize",
     "SynthesizeSettings": "qtool.settings.synthesize",
+    "bits": "qtool.quant.widths",
     "evaluate": "qtool.api.evaluate",
     "load": "qtool.api.load",
     "quantize": "qtool.api.quantize",

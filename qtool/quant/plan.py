@@ -117,17 +117,30 @@ def _bits_of(name: str, bits: BitSpec, keep: Sequence[tuple[str, BitSpec]]) -> B
     return bits
 
 
+def products_quantizers(activation_bits: int, quantizer: Quantizer) -> tuple[Quantizer, str]:
+    """How the operands of attention are quantized at a width.
+
+    Args:
+        activation_bits: Bits of all four operands.
+        quantizer: How activations of fewer than 8 bits are quantized.
+
+    Returns:
+        The quantizer of queries, keys and values, and the one of probabilities.
+    """
+    if quantizer == "table" and activation_bits < GRID_BITS:
+        return "table", "table"
+    return "uniform", "log2" if activation_bits <= LOG2_MAX_BITS else "uniform"
+
+
 def _layer_plan(kind: LayerKind, bits: BitSpec, quantizer: Quantizer) -> LayerPlan:
     if kind == "conv":
         return LayerPlan(kind, bits.weight, FIRST_INPUT_BITS)
+    if kind == "attention":
+        operands, probabilities = products_quantizers(bits.activation, quantizer)
+        return LayerPlan(kind, 0, bits.activation, operands, probabilities)
     if bits.activation >= GRID_BITS:
         quantizer = "uniform"
-    if kind == "linear":
-        return LayerPlan(kind, bits.weight, bits.activation, quantizer)
-    if quantizer == "table":
-        return LayerPlan(kind, 0, bits.activation, quantizer, "table")
-    probabilities = "log2" if bits.activation <= LOG2_MAX_BITS else "uniform"
-    return LayerPlan(kind, 0, bits.activation, quantizer, probabilities)
+    return LayerPlan(kind, bits.weight, bits.activation, quantizer)
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -9,13 +9,15 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
 from qtool.errors import UsageError
-from qtool.quant.bits import BitSpec, parse_rule
+from qtool.quant.bits import BitSpec, parse_range, parse_rule
 from qtool.settings.base import Effort, ReportPath, WriterSettings
 
 Recipe = Literal["paper", "strong"]
 
 
 def _checked_bits(value: str) -> str:
+    if parse_range(value) is not None:
+        return value.lower()
     spec = BitSpec.parse(value)
     if not spec.integer:
         raise UsageError(
@@ -32,7 +34,9 @@ class QuantizeSettings(WriterSettings):
         min_length=1, description="Model: an alias, a timm name, a .safetensors file, hf-hub:ID."
     )
     bits: Annotated[str, AfterValidator(_checked_bits)] = Field(
-        default="w4a4", description="Bits of weights and activations, 2 to 8 each."
+        default="w4a4",
+        description="Bits of weights and activations, 2 to 8 each; any or any:LO-HI for one file "
+        "that runs at all these widths.",
     )
     data_free: bool = Field(default=False, description="Synthesize the calibration pictures first.")
     calib: Path | None = Field(default=None, description="Folder of pictures to calibrate on.")
@@ -82,8 +86,17 @@ class QuantizeSettings(WriterSettings):
 
     @property
     def bit_spec(self) -> BitSpec:
-        """The bits of all layers without a rule of their own."""
-        return BitSpec.parse(self.bits)
+        """The bits of all layers without a rule of their own; of a switchable file, to start with.
+
+        Its activations start at 8 bits.
+        """
+        widths = self.switchable
+        return BitSpec.parse(self.bits) if widths is None else BitSpec(max(widths), 8)
+
+    @property
+    def switchable(self) -> tuple[int, ...] | None:
+        """The weight bits of a switchable file, rising; None for a file with one width."""
+        return parse_range(self.bits)
 
     @property
     def kept(self) -> tuple[tuple[str, BitSpec], ...]:
@@ -97,4 +110,4 @@ class QuantizeSettings(WriterSettings):
             return self.out
         name = re.split("[/:]", self.model.rstrip("/"))[-1].removesuffix(".safetensors")
         safe = re.sub(r"[^\w.-]+", "-", name)
-        return Path(f"{safe}-{self.bits}.safetensors")
+        return Path(f"{safe}-{self.bits.replace(':', '')}.safetensors")
