@@ -66,10 +66,34 @@ def test_a_cpu_with_saturating_products_is_left_to_the_reference(monkeypatch, dr
         ops.matmul(a, one, zero, b, one, zero)
 
 
+@pytest.mark.parametrize("terms", [0, 1, 514, 515, 1100])
+def test_products_without_int8_units_are_exact(monkeypatch, terms):
+    monkeypatch.setattr(cpu, "has_int8_units", lambda: False)
+    codes = torch.full((5, terms), 255, dtype=torch.uint8)
+    weight = torch.full((terms, 3), -128, dtype=torch.int8)
+    codes[1:3, ::3], weight[::2, 1:] = 254, 127
+    assert torch.equal(cpu.product(codes, weight).long(), codes.long() @ weight.long())
+
+
 @pytest.mark.usefixtures("exact_int8_products")
 def test_the_self_check_notices_saturation(monkeypatch):
     exact = torch._int_mm
+    monkeypatch.setattr(cpu, "has_int8_units", lambda: True)
     monkeypatch.setattr(torch, "_int_mm", lambda x, w: exact(x, w).clamp(max=32767 * 64))
     cpu.int8_product_is_exact.cache_clear()
     assert not cpu.int8_product_is_exact()
     cpu.int8_product_is_exact.cache_clear()
+
+
+@pytest.mark.parametrize("units", [True, False], ids=["int8 units", "float32"])
+@pytest.mark.parametrize("bits", [2, 5, 8])
+def test_nested_layers_are_exact_with_and_without_int8_units(monkeypatch, draw, units, bits):
+    rows, terms = cpu.BLOCK_ROWS + 3, 1100
+    x, x_scale, x_zero = draw.codes(rows, terms), draw.scales(rows, 1), draw.zeros(rows, 1)
+    weight, scale = draw.codes(3, terms).view(torch.int8), draw.scales(3)
+    weight[0], weight[1] = -128, 127
+    with dispatch.use_backend("reference"):
+        expected = ops.linear_nested(x, x_scale, x_zero, weight, scale, bits=bits)
+    monkeypatch.setattr(cpu, "has_int8_units", lambda: units)
+    y = cpu.linear_nested(x, x_scale, x_zero, weight, scale, None, bits)
+    assert torch.equal(y, expected)
