@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from qtool.api.evaluate import evaluate
     from qtool.api.load import load
     from qtool.api.quantize import quantize
+    from qtool.api.switch_bits import switch_bits
     from qtool.api.synthesize import synthesize_images
     from qtool.errors import QtoolError
     from qtool.quant.widths import bits
     from qtool.settings.evaluate import EvaluateSettings
     from qtool.settings.quantize import QuantizeSettings
+    from qtool.settings.switch_bits import SwitchBitsSettings
     from qtool.settings.synthesize import SynthesizeSettings
 
     __version__: str
@@ -25,12 +27,14 @@ __all__ = [
     "EvaluateSettings",
     "QtoolError",
     "QuantizeSettings",
+    "SwitchBitsSettings",
     "SynthesizeSettings",
     "__version__",
     "bits",
     "evaluate",
     "load",
     "quantize",
+    "switch_bits",
     "synthesize_images",
 ]
 
@@ -38,11 +42,13 @@ _HOME = {
     "EvaluateSettings": "qtool.settings.evaluate",
     "QtoolError": "qtool.errors",
     "QuantizeSettings": "qtool.settings.quantize",
+    "SwitchBitsSettings": "qtool.settings.switch_bits",
     "SynthesizeSettings": "qtool.settings.synthesize",
     "bits": "qtool.quant.widths",
     "evaluate": "qtool.api.evaluate",
     "load": "qtool.api.load",
     "quantize": "qtool.api.quantize",
+    "switch_bits": "qtool.api.switch_bits",
     "synthesize_images": "qtool.api.synthesize",
 }
 

@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from qtool.cli import evaluate, models, quantize, synthesize
+from qtool.cli import evaluate, models, quantize, switch_bits, synthesize
 from qtool.cli.console import (
     Look,
     failure,
@@ -87,6 +87,7 @@ def _help_if_alone(ctx: typer.Context) -> None:
 synthesize.register(_synthesis)
 app.add_typer(_synthesis, name="synthesize")
 quantize.register(app)
+switch_bits.register(app)
 evaluate.register(app)
 models.register(app)
 

@@ -30,6 +30,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, Self
 
@@ -232,11 +233,25 @@ def change_header(path: Path, header: Header, *, copy: BinaryIO | None = None) -
     change_metadata(path, {"qtool.config": header.to_json()}, copy=copy)
 
 
-def read_planes(path: Path) -> tuple[Header, int]:
-    """Read the header of a switchable checkpoint and how much of the file is there.
+@dataclass(frozen=True, kw_only=True)
+class PlaneTable:
+    """What a switchable file holds, from its header alone.
 
-    Returns:
-        The header, and the number of planes that are whole: 4, or fewer in a file that was cut.
+    Attributes:
+        header: What it says about itself.
+        planes: Planes of weights that are whole, by layer; fewer in a file that was cut off.
+        plane_bytes: Bytes of one plane, by layer.
+        other_bytes: Bytes of everything that is no plane, the header among them.
+    """
+
+    header: Header
+    planes: dict[str, int]
+    plane_bytes: dict[str, int]
+    other_bytes: int
+
+
+def read_planes(path: Path) -> PlaneTable:
+    """Read what a switchable checkpoint says about itself and how much of it is there.
 
     Raises:
         CheckpointError: The file is absent, damaged, foreign, hostile or of a newer format.
@@ -244,7 +259,19 @@ def read_planes(path: Path) -> tuple[Header, int]:
     with open_container(path) as file:
         table = read_table(file, path)
     header = _header(path, table.metadata, intact=table.intact)
-    return header, table.sections - 1 if table.cut else nested_tensors.MAX_PLANES
+    planes: dict[str, int] = {}
+    sizes: dict[str, int] = {}
+    other = table.data_start
+    for entry in table.entries:
+        owner, _, leaf = entry.name.rpartition(".")
+        number = nested_tensors.plane_of(leaf) if owner in header.layers else 0
+        if not number:
+            other += entry.end - entry.begin
+            continue
+        sizes[owner] = entry.end - entry.begin
+        if entry.end <= table.data_bytes:
+            planes[owner] = max(planes.get(owner, 0), number)
+    return PlaneTable(header=header, planes=planes, plane_bytes=sizes, other_bytes=other)
 
 
 def read_header(path: Path) -> Header:

@@ -47,6 +47,11 @@ def planes_for(bits: int) -> int:
     return (bits + 1) // 2
 
 
+def bits_of(planes: int) -> int:
+    """The most bits that so many planes hold."""
+    return 2 * planes
+
+
 def table_bytes(activation: Sequence[int], operands: int = 1) -> int:
     """Bytes of the packed tables of one layer."""
     return operands * sum(TABLE_MARKS + (1 << bits) for bits in activation if bits < NARROW)

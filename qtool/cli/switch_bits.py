@@ -1,0 +1,67 @@
+"""`qtool switch-bits`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qtool.cli.options import OUTPUT, add_command, argument, complete_widths, option
+from qtool.cli.session import session
+from qtool.settings.switch_bits import SwitchBitsSettings
+
+
+def switch_bits(
+    ctx: typer.Context,
+    target: Annotated[Path | None, argument(SwitchBitsSettings, "target", metavar="CKPT")] = None,
+    bits: Annotated[
+        str | None,
+        option(
+            SwitchBitsSettings, "bits", "--bits", "-b", metavar="N|wNaN", complete=complete_widths
+        ),
+    ] = None,
+    layers: Annotated[
+        list[str] | None, option(SwitchBitsSettings, "layers", "--layers", metavar="GLOB=BITS")
+    ] = None,
+    budget: Annotated[
+        str | None, option(SwitchBitsSettings, "budget", "--budget", metavar="MB|%")
+    ] = None,
+    listing: Annotated[bool | None, option(SwitchBitsSettings, "listing", "--list")] = None,
+    in_place: Annotated[
+        bool | None, option(SwitchBitsSettings, "in_place", "--in-place", panel=OUTPUT)
+    ] = None,
+    out: Annotated[
+        Path | None,
+        option(SwitchBitsSettings, "out", "--out", "-o", panel=OUTPUT, metavar="FILE"),
+    ] = None,
+    drop_unused: Annotated[
+        bool | None, option(SwitchBitsSettings, "drop_unused", "--drop-unused", panel=OUTPUT)
+    ] = None,
+    overwrite: Annotated[
+        bool | None, option(SwitchBitsSettings, "overwrite", "--overwrite", panel=OUTPUT)
+    ] = None,
+) -> int:
+    """Switch the widths of a checkpoint."""
+    with session(ctx, SwitchBitsSettings) as run:
+        from qtool.api import switch_bits as api
+
+        return run.show(api.switch_bits(run.settings, progress=run.progress))
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the program."""
+    add_command(
+        app,
+        switch_bits,
+        name="switch-bits",
+        settings=SwitchBitsSettings,
+        summary="Choose the widths at which a switchable checkpoint runs.",
+        examples=(
+            "qtool switch-bits vit_b-any4-8.safetensors --list",
+            "qtool switch-bits vit_b-any4-8.safetensors --bits 4 --in-place",
+            "qtool switch-bits vit_b-any4-8.safetensors --budget 60MB --drop-unused -o b.safetensors",
+        ),
+        details="Weights are neither copied nor quantized again: only the header of the file says "
+        "which of its bits count.",
+    )
