@@ -58,9 +58,9 @@ def register(app: typer.Typer) -> None:
         settings=SwitchBitsSettings,
         summary="Choose the widths at which a switchable checkpoint runs.",
         examples=(
-            "qtool switch-bits vit_b-any4-8.safetensors --list",
-            "qtool switch-bits vit_b-any4-8.safetensors --bits 4 --in-place",
-            "qtool switch-bits vit_b-any4-8.safetensors --budget 60MB --drop-unused -o b.safetensors",
+            "qtool switch-bits vit_b.safetensors --list",
+            "qtool switch-bits vit_b.safetensors --bits 4 --in-place",
+            "qtool switch-bits vit_b.safetensors --budget 60MB --drop-unused -o small.safetensors",
         ),
         details="Weights are neither copied nor quantized again: only the header of the file says "
         "which of its bits count.",

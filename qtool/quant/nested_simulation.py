@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qtool.quant import nested, quantizers, tables
+from qtool.quant import nested, nested_rounding, quantizers, tables
 from qtool.quant.bits import BitSpec
 from qtool.quant.layers import to_patches
 from qtool.quant.nested_layers import NestedConv2d, NestedLinear, NestedProducts, table_rows
@@ -35,7 +35,6 @@ class SimulatedNested(SwitchableLayer, SimulatedLayer):
     """
 
     step: Tensor
-    moment: Tensor
     alpha: Tensor
     input_scale: Tensor
     input_zero_point: Tensor
@@ -57,7 +56,7 @@ class SimulatedNested(SwitchableLayer, SimulatedLayer):
         self.weight_shape = tuple(source.weight.shape)
         self.patch = source.kernel_size if isinstance(source, nn.Conv2d) else None
         weight = source.weight.detach().flatten(1).clone()
-        rows, columns = weight.shape
+        rows = len(weight)
         bias = weight.new_zeros(rows) if source.bias is None else source.bias.detach()
         self.weight = nn.Parameter(weight)
         self.float_bias = bias.clone()
@@ -65,7 +64,6 @@ class SimulatedNested(SwitchableLayer, SimulatedLayer):
         self.gain = nn.Parameter(weight.new_zeros(len(offer.weight), rows))
         self.register_buffer("alpha", weight.new_ones(len(offer.weight), rows))
         self.register_buffer("step", weight.new_ones(rows))
-        self.register_buffer("moment", weight.new_ones(columns))
         self.register_buffer("input_scale", weight.new_ones(len(offer.activation)))
         zeros = weight.new_zeros(len(offer.activation), dtype=torch.int32)
         self.register_buffer("input_zero_point", zeros)
@@ -101,27 +99,43 @@ class SimulatedNested(SwitchableLayer, SimulatedLayer):
         return self.alpha * self.gain.exp()
 
     @torch.no_grad()
-    def code_weights(self, emphasis: Mapping[int, float]) -> None:
-        """Choose the step, and the scales and biases of all widths, for the inputs seen.
+    def code_weights(self, emphasis: Mapping[int, float], *, first: int | None) -> None:
+        """Choose step, codes, and the scales and biases of all widths, for the inputs seen.
 
         The bias of a width makes up for what its rounding takes from the mean output.
 
         Args:
             emphasis: Weight of each width in the choice of the step.
+            first: The width whose codes are chosen freely, see `nested_rounding`; None rounds to
+                nearest.
         """
         x = self.seen["input"].flatten(0, -2)
-        moment = x.square().mean(dim=0)
-        self.moment.copy_(moment.clamp_min(1e-6 * float(moment.mean())))
+        moment = x.T @ x / len(x)
+        floor = 1e-6 * float(moment.diagonal().mean())
+        moment.diagonal().clamp_min_(floor)
         widths = self.offer.weight
         factors = [emphasis[bits] for bits in widths]
-        self.step.copy_(nested.search_step(self.weight, self.moment, widths, factors))
+        diagonal = moment.diagonal().clone()
+        self.step.copy_(nested.search_step(self.weight, diagonal, widths, factors))
+        target = self.weight.detach().clone()
+        if first is not None:
+            scales = {
+                bits: nested.fit_scale(target, self._levels(bits), diagonal)
+                for bits in range(first, nested.CODE_BITS + 1)
+            }
+            codes = nested_rounding.round_nested(target, scales, moment, first=first)
+            # The middle of the code's interval, so that it is what the weight snaps to.
+            self.weight.copy_((codes.float() + 0.5) * 2.0 * self.step[:, None])
         mean = x.mean(dim=0)
         for row, bits in enumerate(widths):
-            levels = nested.nested_levels(self.weight, self.step, bits=bits)
-            self.alpha[row] = nested.fit_scale(self.weight, levels, self.moment)
-            lost = self.weight - levels * self.alpha[row][:, None]
+            levels = self._levels(bits)
+            self.alpha[row] = nested.fit_scale(target, levels, moment)
+            lost = target - levels * self.alpha[row][:, None]
             self.bias[row] = self.float_bias + F.linear(mean, lost)
         self.gain.zero_()
+
+    def _levels(self, bits: int) -> Tensor:
+        return nested.nested_levels(self.weight, self.step, bits=bits)
 
     @torch.no_grad()
     def choose_input(self, bits: int) -> None:
@@ -202,6 +216,14 @@ class SimulatedNestedProducts(SwitchableLayer, SimulatedLayer):
         products = self.at(bits)
         products.seen = self.seen
         products.calibrate()
+        frozen = products.frozen
+        if frozen.probabilities == "uniform":
+            # A large probability that is cut off costs more than least squares over all of them
+            # lets on: its whole row of the output follows one value.
+            largest = self.seen["probability"].max().view(1)
+            found = quantizers.uniform_parameters(largest * 0.0, largest, bits=bits)
+            for target, value in zip(frozen.parameters_of("probability"), found, strict=True):
+                target.copy_(value)
 
     def freeze(self) -> NestedProducts:
         """The integer products with these scales."""

@@ -52,15 +52,18 @@ class NestedConfig:
         seed: Order of images and widths.
         drop: Share of activations left unrounded in a training step.
         low_emphasis: Weight of the lowest width in the choice of ranges; others weigh 1.
+        first: The width whose codes are chosen freely, as near to it as the widths served allow; 0
+            rounds to nearest.
     """
 
     steps: int = 100
-    learning_rate: float = 1.5e-4
+    learning_rate: float = 5e-5
     scale_rate: float = 1e-3
     batch_size: int = 8
     seed: int = 0
     drop: float = 0.5
     low_emphasis: float = 2.0
+    first: int = 4
 
 
 @dataclass(frozen=True)
@@ -276,7 +279,8 @@ def _choose_ranges(
         if isinstance(layer, SimulatedNested):
             low = min(layer.offer.weight)
             emphasis = dict.fromkeys(layer.offer.weight, 1.0) | {low: config.low_emphasis}
-            layer.code_weights(emphasis)
+            free = max(min(config.first, max(layer.offer.weight)), low) if config.first else None
+            layer.code_weights(emphasis, first=free)
     for bits in sorted({bits for layer in layers for bits in layer.offer.activation}):
         nearest = min(range(len(streams)), key=lambda index: _distance(streams[index].spec, bits))
         _observe(name, layers, streams[nearest], inputs[nearest][:RANGE_IMAGES])
