@@ -9,6 +9,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from qtool.errors import UsageError
+from qtool.quant.bits import parse_width
 from qtool.settings.base import CommonSettings, ReportPath
 
 
@@ -23,6 +24,10 @@ class EvaluateSettings(CommonSettings):
     )
     baseline: str | None = Field(
         default=None, min_length=1, description="Model or checkpoint to measure beside the target."
+    )
+    bits: tuple[str, ...] = Field(
+        default=(),
+        description="Width to run a switchable checkpoint at, 4 or w4a4; repeat for a table.",
     )
     weights: str = Field(
         default="pretrained", min_length=1, description="pretrained, or a weight file."
@@ -49,6 +54,16 @@ class EvaluateSettings(CommonSettings):
     def _gates_can_be_read(self) -> Self:
         _ = self.gates
         return self
+
+    @model_validator(mode="after")
+    def _widths_can_be_read(self) -> Self:
+        _ = self.widths
+        return self
+
+    @property
+    def widths(self) -> tuple[str, ...]:
+        """`bits` as names such as w4a8, each once, in the order given."""
+        return tuple(dict.fromkeys(str(parse_width(width)) for width in self.bits))
 
     @property
     def gates(self) -> tuple[tuple[str, float], ...]:
