@@ -104,8 +104,9 @@ def plan(settings: EvaluateSettings) -> Result:
         "count": settings.limit or (None if settings.data else settings.count),
         "baseline": settings.baseline,
         "latency": settings.latency,
-        "bits": list(settings.widths) or None,
     }
+    if settings.widths:
+        summary["bits"] = list(settings.widths)
     if settings.data is not None:
         folders.find_images(settings.data)
     return Result("eval", status="planned", summary=summary)

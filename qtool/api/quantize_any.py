@@ -293,7 +293,8 @@ def _header(
             "macs": macs[name],
         }
         if plan.weight_bits:
-            options |= {"planes": nested_tensors.MAX_PLANES, "pinned": name in pinned}
+            planes = nested_tensors.planes_for(max(offer.weight))
+            options |= {"planes": planes, "pinned": name in pinned}
         layers[name] = checkpoint.LayerBits(
             kind=plan.kind,
             weight_bits=plan.weight_bits or None,

@@ -122,7 +122,7 @@ def fill(module: nn.Module, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _linear(module: NestedLinear) -> dict[str, Tensor]:
-    planes = nested.split_planes(module.codes)
+    planes = nested.split_planes(module.codes)[: nested.planes_for(max(module.offer.weight))]
     act = torch.stack([module.input_scale, module.input_zero_point.float()], dim=1)
     own = {f"p{number + 1}": plane for number, plane in enumerate(planes)}
     own |= {"alpha": module.alpha.half(), "delta": module.bias.half(), "act": act}

@@ -211,18 +211,22 @@ def _calibrate_unit(
     inputs = [stream.enter(name) for stream in streams]
     expected = target.apply(name, target.enter(name))
     _choose_ranges(name, layers, feeds, streams, inputs, config)
-    before = _errors(name, streams, inputs, expected)
+    outputs = [stream.apply(name, x) for stream, x in zip(streams, inputs, strict=True)]
+    before = _errors(streams, outputs, expected)
     parameters = [p for m in layers if isinstance(m, SimulatedNested) for p in m.parameters()]
     untrained = [parameter.detach().clone() for parameter in parameters]
     _train(name, layers, streams, inputs, expected, before, config)
-    after = _errors(name, streams, inputs, expected)
-    if not _gain(before, after) >= 0.0:
+    trained = [stream.apply(name, x) for stream, x in zip(streams, inputs, strict=True)]
+    after = _errors(streams, trained, expected)
+    if _gain(before, after) >= 0.0:
+        outputs = trained
+    else:
         with torch.no_grad():
             for parameter, value in zip(parameters, untrained, strict=True):
                 parameter.copy_(value)
         after = before
-    for stream, x in zip(streams, inputs, strict=True):
-        stream.leave(stream.apply(name, x))
+    for stream, output in zip(streams, outputs, strict=True):
+        stream.leave(output)
     target.leave(expected)
     return NestedRecord(name, before, after)
 
@@ -234,12 +238,12 @@ def _gain(before: Mapping[str, float], after: Mapping[str, float]) -> float:
 
 
 def _errors(
-    name: str, streams: Sequence[Stream], inputs: Sequence[Tensor], expected: Tensor
+    streams: Sequence[Stream], outputs: Sequence[Tensor], expected: Tensor
 ) -> dict[str, float]:
     power = expected.square().sum().clamp_min(1e-12)
     return {
-        str(stream.spec): float((stream.apply(name, x) - expected).square().sum() / power)
-        for stream, x in zip(streams, inputs, strict=True)
+        str(stream.spec): float((output - expected).square().sum() / power)
+        for stream, output in zip(streams, outputs, strict=True)
     }
 
 
