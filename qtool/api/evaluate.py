@@ -97,7 +97,7 @@ def plan(settings: EvaluateSettings) -> Result:
     check_report(settings.report)
     architecture = check_names(settings)
     _check_data(settings, drawable=architecture == "demo_vit")
-    summary = {
+    summary: dict[str, Any] = {
         "target": settings.target,
         "architecture": architecture,
         "data": str(settings.data) if settings.data else "drawn pictures",
