@@ -92,6 +92,15 @@ NETWORKS: tuple[DemoireSpec, ...] = (
         parameters=10.62,
         paper=_ESDNET,
     ),
+    DemoireSpec(
+        name="mbcnn",
+        builder="qtool.models.mbcnn:MBCNN",
+        size_multiple=32,
+        residual=False,
+        scales=(4, 2, 1),
+        parameters=14.19,
+        paper="Zheng et al. 2020, arXiv:2004.00406",
+    ),
 )
 
 
