@@ -104,7 +104,7 @@ def _jpeg(photo: Photo, quality: int | None, notes: list[str]) -> bytes:
     _image(pixels, None).save(buffer, "JPEG", **settings)
     metadata = _with_new_thumbnail(photo.metadata, pixels)
     return segments.with_jpeg_segments(
-        buffer.getvalue(), _jpeg_segments(metadata, native=photo.kind == "jpeg", notes=notes)
+        buffer.getvalue(), jpeg_segments(metadata, native=photo.kind == "jpeg", notes=notes)
     )
 
 
@@ -131,7 +131,14 @@ def _is_fine(tables: list[list[int]]) -> bool:
     return all(sum(own) <= sum(bound) for own, bound in pairs)
 
 
-def _jpeg_segments(metadata: Metadata, *, native: bool, notes: list[str]) -> list[Segment]:
+def jpeg_segments(metadata: Metadata, *, native: bool, notes: list[str]) -> list[Segment]:
+    """The segments of a JPEG file that hold metadata.
+
+    Args:
+        metadata: What the file gets.
+        native: Whether they come from a JPEG file, so that its segments are taken as they are.
+        notes: Gets a line for what does not fit.
+    """
     kept = list(metadata.segments) if native else []
     if metadata.exif and not any(s.data.startswith(segments.EXIF) for s in kept):
         own = segments.split(b"\xe1", segments.EXIF, metadata.exif)
