@@ -221,7 +221,8 @@ TORCH_FREE = """
 import sys
 from qtool.cli.app import main
 for words in [["--help"], ["--version"], ["synthesize", "images", "-h"], ["quantize", "-h"],
-              ["eval", "-h"], ["demoire", "-h"], ["models", "-h"], ["info", "-h"], ["quantize", "--bits", "x", "m"],
+              ["eval", "-h"], ["demoire", "-h"], ["models", "-h"], ["info", "-h"],
+              ["quantize", "--bits", "x", "m"],
               ["quantize", "m", "--data-free", "--dump-config"]]:
     main(words)
 import os
