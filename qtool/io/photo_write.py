@@ -268,7 +268,7 @@ def _tiff_metadata(metadata: Metadata, notes: list[str]) -> dict[int, tuple[int,
     fields = {
         tag: (_LONG if isinstance(value, dict) else field, value)
         for tag, (field, value) in metadata.tags.items()
-        if tag not in TIFF_CODING_TAGS and field is not None
+        if field is not None
     }
     if not fields and metadata.exif:
         own = Image.Exif()

@@ -86,7 +86,7 @@ class Metadata:
         xmp: The XMP packet.
         icc: The ICC profile.
         segments: For JPEG and PNG, all of it as it lies in the file, the three above included.
-        tags: For TIFF, the tags of its first directory.
+        tags: For TIFF, type and value of the tags that do not say how pixels are stored.
     """
 
     exif: bytes = b""
@@ -367,7 +367,7 @@ def _exif_of_tiff(image: Image.Image) -> bytes:
 def _tiff_tags(image: Image.Image) -> dict[int, Any]:
     """Tags as Pillow reads them; directories below the first one as mappings of their own."""
     directory = getattr(image, "tag_v2")  # noqa: B009
-    tags = dict(directory)
+    tags = {tag: value for tag, value in directory.items() if tag not in TIFF_CODING_TAGS}
     with warnings.catch_warnings(action="ignore"):
         found = image.getexif()
         for pointer in (_EXIF_TAG, _GPS_TAG):

@@ -82,9 +82,20 @@ def display_p3():
     for name, data in tags.items():
         table += struct.pack(">4sII", name, 132 + 12 * len(tags) + len(body), len(data))
         body += data
-    head = struct.pack(">II4s4s4s", 0, 0x04000000, b"mntr", b"RGB ", b"XYZ ")
-    header = b"\x00\x00\x00\x00lcms" + head[4:8] + head[8:] + bytes(12) + b"acsp"
-    return (header + bytes(128 - len(header)) + table + body)[:128] + table + body
+    header = struct.pack(
+        ">I4sI4s4s4s12s4s28s3i",
+        128 + len(table) + len(body),
+        b"lcms",
+        0x04000000,
+        b"mntr",
+        b"RGB ",
+        b"XYZ ",
+        bytes(12),
+        b"acsp",
+        bytes(28),
+        *(round(v * 65536) for v in (0.9642, 1.0, 0.8249)),
+    )
+    return header + bytes(128 - len(header)) + table + body
 
 
 def jpeg(pixels=None, *, quality=93, subsampling=2, orientation=6, icc=b"", **settings):
