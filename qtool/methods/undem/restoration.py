@@ -79,7 +79,7 @@ class Restorer:
         width: int,
         *,
         tile: int | None = None,
-        overlap: int = 128,
+        overlap: int | None = None,
         memory: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Change:
@@ -91,7 +91,7 @@ class Restorer:
             width: W.
             tile: Side of tiles, never replaced by another; 0 for the whole picture; None takes
                 the whole picture where memory allows, else tiles, halved when memory runs out.
-            overlap: Pixels that neighbouring tiles share.
+            overlap: Pixels that neighbouring tiles share; None for an eighth of a tile.
             memory: Bytes that computing may take; None for no bound.
             progress: Told how many of how many tiles are done.
 
@@ -131,10 +131,10 @@ class Restorer:
         height: int,
         width: int,
         side: int,
-        overlap: int,
+        overlap: int | None,
         progress: Callable[[int, int], None] | None,
     ) -> Change:
-        shared = min(overlap, side // 8) if side else 0
+        shared = side // 8 if overlap is None else min(overlap, side // 2)
         rows = plan_axis(height, tile=side, overlap=shared, multiple=self.multiple)
         columns = plan_axis(width, tile=side, overlap=shared, multiple=self.multiple)
         values = torch.zeros(3, height, width)
@@ -262,5 +262,9 @@ def _check(values: Tensor, read: Read) -> None:
     columns = torch.linspace(0, values.shape[2] - 1, min(values.shape[2], 64)).long()
     before = read(rows, columns)
     after = before + values[:, rows][:, :, columns]
-    if float(before.std(dim=(1, 2)).max()) > 0.02 and float(after.std(dim=(1, 2)).max()) < 1e-3:
+    if _spread(before) > 0.02 and _spread(after) < 1e-3:
         raise BadOutputError("the network gave a picture of one colour")
+
+
+def _spread(picture: Tensor) -> float:
+    return float(picture.std(dim=(1, 2), correction=0).max())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -65,7 +66,10 @@ def plan_axis(length: int, *, tile: int, overlap: int, multiple: int) -> Axis:
     count = 1 + math.ceil((padded - size) / stride)
     last = padded - size
     starts = [index * last // (count - 1) // multiple * multiple for index in range(count)]
-    return Axis(length=length, size=size, starts=tuple(starts), ramp=max(overlap, 1))
+    # Two hand-overs must not meet, or three tiles would share a pixel.
+    nearest = min(right - left for left, right in itertools.pairwise(starts))
+    ramp = max(1, min(overlap, nearest))
+    return Axis(length=length, size=size, starts=tuple(starts), ramp=ramp)
 
 
 def mirrored(start: int, size: int, length: int) -> Tensor:
