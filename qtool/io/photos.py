@@ -468,7 +468,10 @@ def _as_srgb(
     else:
         image = image.convert("RGB")
     notes.append(f"{mode} colours became RGB")
-    return image, without_profile(replace(metadata, icc=srgb.tobytes()))
+    profile = srgb.tobytes()
+    # Without the time it was made at, so that the same picture gives the same file.
+    profile = profile[:24] + bytes(12) + profile[36:]
+    return image, without_profile(replace(metadata, icc=profile))
 
 
 def without_profile(metadata: Metadata) -> Metadata:
