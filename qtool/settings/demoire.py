@@ -129,7 +129,7 @@ class DemoireSettings(WriterSettings):
         """`max_memory` in bytes."""
         if self.max_memory is None:
             return None
-        match = re.fullmatch(r"(\d{1,6}(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", self.max_memory.lower())
+        match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", self.max_memory.lower())
         size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
         if size < 2**26:
             raise UsageError(

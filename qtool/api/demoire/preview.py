@@ -84,13 +84,13 @@ def most_changed(before: Pixels, after: Pixels) -> list[tuple[int, int]]:
     # Every fourth pixel of each row is enough to compare squares by.
     area = (slice(0, height * cell), slice(0, width * cell, 4))
     change = np.abs(after[area].astype(np.float32) - before[area].astype(np.float32)).mean(axis=2)
-    cells = change.reshape(height, cell, width, cell // 4).mean(axis=(1, 3)) / top
+    cells = change.reshape(height, cell, width, cell // 4).mean(axis=(1, 3), dtype=np.float64) / top
     total = np.cumsum(np.cumsum(np.pad(cells, ((1, 0), (1, 0))), axis=0), axis=1)
     squares = total[4:, 4:] - total[:-4, 4:] - total[4:, :-4] + total[:-4, :-4]
     found: list[tuple[int, int]] = []
     for _ in range(_CROPS):
         y, x = np.unravel_index(int(squares.argmax()), squares.shape)
-        if squares[y, x] <= 0:
+        if squares[y, x] < 1e-6:
             break
         found.append((int(y) * cell, int(x) * cell))
         squares[max(0, y - 3) : y + 4, max(0, x - 3) : x + 4] = -1
