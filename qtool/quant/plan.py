@@ -101,7 +101,7 @@ def plan_layers(
                 remedy=f"layers are named like {', '.join(list(names)[:4])}",
             )
     plans = {
-        name: _layer_plan(kind, _bits_of(name, bits, keep), quantizer)
+        name: _layer_plan(kind, kept_bits(name, keep) or bits, quantizer)
         for name, kind in names.items()
         if not any(fnmatchcase(name, glob) for glob in skip)
     }
@@ -110,11 +110,9 @@ def plan_layers(
     return plans
 
 
-def _bits_of(name: str, bits: BitSpec, keep: Sequence[tuple[str, BitSpec]]) -> BitSpec:
-    for glob, kept in reversed(keep):
-        if fnmatchcase(name, glob):
-            return kept
-    return bits
+def kept_bits(name: str, keep: Sequence[tuple[str, BitSpec]]) -> BitSpec | None:
+    """The bits of the last rule that matches a layer, or None."""
+    return next((kept for glob, kept in reversed(keep) if fnmatchcase(name, glob)), None)
 
 
 def _layer_plan(kind: LayerKind, bits: BitSpec, quantizer: Quantizer) -> LayerPlan:
