@@ -6,7 +6,7 @@ import struct
 import numpy as np
 from PIL import Image, ImageCms, PngImagePlugin
 
-from qtool.io import photo_write, photos
+from qtool.io import photo_metadata, photo_write, photos
 from qtool.io.segments import Segment, with_jpeg_segments, with_png_chunks
 
 XMP = (
@@ -136,7 +136,7 @@ def deep(kind, *, alpha=False, seed=0):
         pixels=pixels,
         alpha=layer,
         kind="png",
-        metadata=photos.Metadata(exif=exif(8), xmp=XMP, icc=display_p3()),
+        metadata=photo_metadata.Metadata(exif=exif(8), xmp=XMP, icc=display_p3()),
         coding=photos.Coding(),
     )
     return photo_write.encode(photo, kind=kind)[0]

@@ -12,12 +12,11 @@ from PIL import Image, TiffImagePlugin
 
 from qtool.errors import ImageError
 from qtool.io import exif, segments
+from qtool.io.photo_metadata import TIFF_CODING_TAGS, Metadata
 from qtool.io.photos import (
     DEEP,
-    TIFF_CODING_TAGS,
     Coding,
     Kind,
-    Metadata,
     Photo,
     Pixels,
     import_extra,

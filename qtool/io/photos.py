@@ -9,19 +9,17 @@ from __future__ import annotations
 import importlib
 import io
 import struct
-import warnings
 from dataclasses import dataclass, field, replace
 from types import ModuleType
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, JpegImagePlugin, UnidentifiedImageError
 
 from qtool.errors import ImageError, MissingError
-from qtool.io import exif, segments
 from qtool.io.images import MAX_PIXELS, unlimited_pixels
-from qtool.io.segments import Segment
+from qtool.io.photo_metadata import Metadata, read_metadata, without_profile
 
 Kind = Literal["jpeg", "png", "tiff", "webp", "bmp", "heif", "avif"]
 BitDepth = Literal["keep", "8", "16"]
@@ -55,12 +53,6 @@ _FORMATS: Final[dict[str, Kind]] = {
     "HEIF": "heif",
     "AVIF": "avif",
 }
-TIFF_CODING_TAGS: Final = frozenset(
-    {254, 255, 256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323}
-    | {324, 325, 330, 338, 339, 340, 341, 347, 529, 530, 531, 532, *range(512, 522)}
-)
-"""TIFF tags that say how pixels are stored, which a writer decides anew."""
-
 _TURNED_BACK: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -71,29 +63,7 @@ _TURNED_BACK: Final = {
     8: Image.Transpose.ROTATE_270,
 }
 _PHOTO_EXTRA = "pip install 'qtool[photo]'"
-_BITS_TAG, _SAMPLE_FORMAT_TAG, _EXIF_TAG, _GPS_TAG, _ICC_TAG = 258, 339, 34665, 34853, 34675
-_ORIENTATION_TAG = 274
-# XMP, IPTC, Photoshop's own and the profile have places of their own in other formats.
-_TAGS_APART = (700, 33723, 34377, _ICC_TAG)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Metadata:
-    """What a file says about its picture.
-
-    Attributes:
-        exif: EXIF data, without a name in front.
-        xmp: The XMP packet.
-        icc: The ICC profile.
-        segments: For JPEG and PNG, all of it as it lies in the file, the three above included.
-        tags: For TIFF, type and value of the tags that do not say how pixels are stored.
-    """
-
-    exif: bytes = b""
-    xmp: bytes = b""
-    icc: bytes = b""
-    segments: tuple[Segment, ...] = ()
-    tags: dict[int, Any] = field(default_factory=dict)
+_BITS_TAG, _SAMPLE_FORMAT_TAG, _ORIENTATION_TAG = 258, 339, 274
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +167,7 @@ def read_photo(
     try:
         _check_frames(image, name, first_frame=first_frame, notes=notes)
         _check_depth(image, content, kind, name, bit_depth)
-        metadata = _metadata(image, content, kind)
+        metadata = read_metadata(image, content, kind)
         coding = _coding(image, content, kind)
         if _bits(image, content) > 8 and bit_depth != "8" and not image.mode.startswith("I"):
             pixels, alpha = _read_deep(content, name)
@@ -330,52 +300,6 @@ def _check_depth(
         )
 
 
-def _metadata(image: Image.Image, content: bytes, kind: Kind) -> Metadata:
-    info = image.info
-    data = info.get("exif", b"")
-    data = data if isinstance(data, bytes) else b""
-    xmp = info.get("xmp", b"") or info.get("XML:com.adobe.xmp", b"")
-    xmp = xmp.encode() if isinstance(xmp, str) else bytes(xmp)
-    own: tuple[Segment, ...] = ()
-    tags: dict[int, Any] = {}
-    if kind == "jpeg":
-        own = segments.jpeg_segments(content)
-    elif kind == "png":
-        own = segments.png_chunks(content)
-    elif kind == "tiff":
-        tags = _tiff_tags(image)
-        data = _exif_of_tiff(image)
-    return Metadata(
-        exif=data.removeprefix(segments.EXIF),
-        xmp=xmp,
-        icc=info.get("icc_profile") or b"",
-        segments=own,
-        tags=tags,
-    )
-
-
-def _exif_of_tiff(image: Image.Image) -> bytes:
-    """The tags of a TIFF that other formats keep as EXIF data."""
-    with warnings.catch_warnings(action="ignore"):
-        own = Image.Exif()
-        own.load(image.getexif().tobytes())
-        for tag in (*TIFF_CODING_TAGS, *_TAGS_APART):
-            own.pop(tag, None)
-        return own.tobytes()
-
-
-def _tiff_tags(image: Image.Image) -> dict[int, Any]:
-    """Tags as Pillow reads them; directories below the first one as mappings of their own."""
-    directory = getattr(image, "tag_v2")  # noqa: B009
-    tags = {tag: value for tag, value in directory.items() if tag not in TIFF_CODING_TAGS}
-    with warnings.catch_warnings(action="ignore"):
-        found = image.getexif()
-        for pointer in (_EXIF_TAG, _GPS_TAG):
-            if pointer in tags:
-                tags[pointer] = dict(found.get_ifd(pointer))
-    return {tag: (directory.tagtype.get(tag), value) for tag, value in tags.items()}
-
-
 def _coding(image: Image.Image, content: bytes, kind: Kind) -> Coding:
     if kind == "jpeg":
         return Coding(
@@ -474,59 +398,5 @@ def _as_srgb(
     return image, without_profile(replace(metadata, icc=profile))
 
 
-def without_profile(metadata: Metadata) -> Metadata:
-    """Drop the profile from the parts kept as they lie in the file; `icc` stays."""
-    kept = tuple(
-        segment
-        for segment in metadata.segments
-        if not segment.data.startswith(segments.ICC)
-        and segment.kind not in (b"iCCP", b"sRGB", b"cHRM", b"gAMA", b"cICP")
-    )
-    tags = {tag: value for tag, value in metadata.tags.items() if tag != _ICC_TAG}
-    return replace(metadata, segments=kept, tags=tags)
-
-
 def _eight_bits(values: Pixels) -> NDArray[np.uint8]:
     return ((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
-
-
-def kept_metadata(metadata: Metadata, policy: Literal["keep", "strip", "no-gps"]) -> Metadata:
-    """What of a file's metadata goes into the result.
-
-    Args:
-        metadata: What the source has.
-        policy: `keep` for everything; `strip` for the profile and the orientation, without which
-            the picture would look different; `no-gps` for everything but the place.
-    """
-    if policy == "keep":
-        return metadata
-    if policy == "strip":
-        turn = exif.orientation(metadata.exif)
-        return Metadata(exif=exif.orientation_only(turn) if turn != 1 else b"", icc=metadata.icc)
-    try:
-        data = exif.without_gps(metadata.exif) if metadata.exif else b""
-    except exif.ExifError:
-        # What cannot be read cannot be cleaned.
-        data = b""
-    return replace(
-        metadata,
-        exif=data,
-        xmp=segments.xmp_without_gps(metadata.xmp),
-        segments=tuple(filter(None, (_placeless(s, data) for s in metadata.segments))),
-        tags={tag: value for tag, value in metadata.tags.items() if tag != _GPS_TAG},
-    )
-
-
-def _placeless(segment: Segment, data: bytes) -> Segment | None:
-    if segment.data.startswith(segments.EXIF) or segment.kind == b"eXIf":
-        head = b"" if segment.kind == b"eXIf" else segments.EXIF
-        return Segment(segment.kind, head + data) if data else None
-    if segment.data.startswith(segments.EXTENDED_XMP):
-        # Its parts carry a checksum of the whole; cleaning one would break it.
-        return None
-    if segment.data.startswith(segments.XMP) or segment.kind in (b"iTXt", b"zTXt"):
-        cleaned = segments.xmp_without_gps(segment.data)
-        compressed = segment.kind == b"zTXt" or segment.data[22:23] == b"\x01"
-        about_xmp = segment.data.startswith((b"XML:com.adobe.xmp", b"Raw profile type"))
-        return None if compressed and about_xmp else Segment(segment.kind, cleaned)
-    return segment

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qtool.api.demoire.network import memory_for_network
 from qtool.errors import ImageError, QtoolError
-from qtool.io import photo_write, photos
+from qtool.io import photo_metadata, photo_write, photos
 from qtool.io.colour import ColourSpace, ProfileError, colour_space
 from qtool.io.photos import Kind, Photo
 from qtool.methods.undem import detection
@@ -190,7 +190,7 @@ def encode(
         ImageError: The format cannot hold it.
     """
     photo = decoded.photo
-    metadata = photos.kept_metadata(photo.metadata, settings.metadata)
+    metadata = photo_metadata.kept_metadata(photo.metadata, settings.metadata)
     result = replace(photo, pixels=pixels, metadata=metadata)
     return photo_write.encode(result, kind=kind or photo.kind, quality=settings.quality)
 

@@ -25,7 +25,7 @@ from qtool.api.demoire import preview
 from qtool.api.demoire.jobs import Job, Plan, make_plan, relative, settings_hash
 from qtool.api.runtime import notice, prepare
 from qtool.errors import ImageError, MissingError, Progress, QtoolError, UsageError
-from qtool.io import folders, photo_write, photos, segments
+from qtool.io import folders, photo_metadata, photo_write, photos, segments
 from qtool.io.atomic import sweep, write_file
 from qtool.io.journal import Journal, Record
 from qtool.methods.undem import detection
@@ -304,7 +304,7 @@ def _unchanged(
         if settings.metadata == "keep":
             return decoded.content, []
         if kind == "jpeg":
-            metadata = photos.kept_metadata(decoded.photo.metadata, settings.metadata)
+            metadata = photo_metadata.kept_metadata(decoded.photo.metadata, settings.metadata)
             notes: list[str] = []
             kept = photo_write.jpeg_segments(metadata, native=True, notes=notes)
             return segments.with_jpeg_segments(decoded.content, kept), notes

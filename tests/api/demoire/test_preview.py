@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image
 
 from qtool.api.demoire import preview
-from qtool.io.photos import Coding, Metadata, Photo
+from qtool.io.photo_metadata import Metadata
+from qtool.io.photos import Coding, Photo
 
 
 def photo(pixels, **metadata):
