@@ -76,6 +76,24 @@ def build_model() -> Callable[..., nn.Module]:
 
 
 @pytest.fixture
+def trained_norms() -> Callable[[nn.Module], nn.Module]:
+    """Give BatchNorms the statistics, gains and shifts of a network that has seen something."""
+
+    def train(model: nn.Module) -> nn.Module:
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for module in model.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.running_mean.normal_(0.0, 0.2, generator=generator)
+                    module.running_var.uniform_(0.5, 1.5, generator=generator)
+                    module.weight.uniform_(0.5, 1.5, generator=generator)
+                    module.bias.normal_(0.0, 0.2, generator=generator)
+        return model
+
+    return train
+
+
+@pytest.fixture
 def tiny_vit(build_model: Callable[..., nn.Module]) -> nn.Module:
     """A vision transformer for 32 x 32 pictures: 16 patches, 2 blocks, 2 heads, 10 classes."""
     return build_model(

@@ -26,6 +26,7 @@ from qtool.methods.spdfq.reconstruction import (
     simulate,
 )
 from qtool.models import registry, vision
+from qtool.quant.convolution import fold_norms
 from qtool.quant.plan import LayerPlan, plan_layers, weight_parameters
 from qtool.report import Picture, Result, Table
 from qtool.settings.quantize import QuantizeSettings
@@ -100,6 +101,7 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
         opened.model,
         attentions=[site.name for site in layout.attentions],
         bits=settings.bit_spec,
+        batch_norms=dict(layout.batch_norms),
         keep=settings.kept,
         skip=settings.skip,
         quantizer="table" if settings.recipe == "strong" else "uniform",
@@ -108,6 +110,8 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
     pixels = made.pixels.to(device)
     synthesized = time.monotonic()
 
+    float_bytes = sum(p.numel() * 4 for p in opened.model.parameters())
+    fold_norms(opened.model, [(name, plan.norm) for name, plan in plans.items() if plan.norm])
     model = simulate(copy.deepcopy(opened.model), plans, layout.attentions)
     float_weights = weight_parameters(opened.model, plans)
     units = reconstruct(
@@ -153,7 +157,7 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
         "count": len(pixels),
         "output": str(settings.output),
         "bytes": settings.output.stat().st_size,
-        "float_bytes": sum(p.numel() * 4 for p in opened.model.parameters()),
+        "float_bytes": float_bytes,
         "quantized_weights": float_weights,
         **made.summary,
         "seconds": {
