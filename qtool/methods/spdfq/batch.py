@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qtool.errors import CheckpointError
-from qtool.methods.spdfq import losses
+from qtool.methods.spdfq import losses, statistics
 from qtool.methods.spdfq.priors import (
     Box,
     attention_priors,
@@ -51,8 +51,9 @@ class SynthesisConfig:
         seed: Base seed; every batch derives its own.
         classes: Classes to draw from; empty means all.
         variation_weight: Weight of the total-variation term.
-        alignment_weight: Weight of attention alignment (alpha 1); None picks the largest
-            power of ten that keeps it below the classification term at the first step.
+        alignment_weight: Weight of attention alignment (alpha 1), or of the statistics that stand
+            for it in networks with BatchNorm; None picks the largest power of ten that keeps it
+            below the classification term at the first step.
         patches_per_step: Patches that take part in one step, drawn afresh; None means all. The
             mean over a draw estimates the mean over all, at a fraction of the cost.
         bfloat16: Run the network's matrix products in bfloat16.
@@ -132,6 +133,7 @@ class BatchSynthesizer:
     ) -> None:
         self.model = model
         self.layout = layout
+        self._norms = () if layout.attentions else statistics.remembered(model)
         self.size = size
         self.config = config
         self.device = next(model.parameters()).device
@@ -199,9 +201,10 @@ class BatchSynthesizer:
 
     def _terms(self) -> tuple[str, ...]:
         """Keys of a record, in order."""
-        own = "alignment" if self.config.method == "spdfq" else "entropy"
-        pair = (own, "classification")
-        return (*pair, "step", "variation")
+        own = ["alignment" if self.config.method == "spdfq" else "entropy"]
+        if not self.layout.attentions:
+            own = ["statistics"] if self._norms else []
+        return (*own, "classification", "step", "variation")
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Go on from `state`; priors, boxes and labels follow from the seed.
@@ -290,8 +293,16 @@ class BatchSynthesizer:
         with (
             unfused(self.model, self._open_sites()),
             tapped(self.model, [site.name for site in self._sites], source="attn_drop") as caught,
+            statistics.measured(self.model, self._norms, count=len(images)) as distances,
         ):
             logits = self._forward(torch.cat((images, patches)))
+        classified = losses.soft_cross_entropy(logits[: len(images)], self.labels)
+        if len(patches):
+            wanted = self._patch_labels[drawn]
+            classified = classified + losses.soft_cross_entropy(logits[len(images) :], wanted)
+        if not self._sites:
+            guide = {"statistics": torch.stack(distances).mean()} if distances else {}
+            return {**guide, "classification": classified}
         total = len(images) + len(patches)
         maps = [m[: m.shape[0] * len(images) // total] for m in caught]
         rows = [
@@ -312,10 +323,6 @@ class BatchSynthesizer:
                 for index, (row, prior) in enumerate(zip(rows, self.priors, strict=True))
             ]
         ).sum()
-        whole, parts = logits[: len(images)], logits[len(images) :]
-        classified = losses.soft_cross_entropy(whole, self.labels)
-        if len(patches):
-            classified = classified + losses.soft_cross_entropy(parts, self._patch_labels[drawn])
         return {"alignment": aligned, "classification": classified}
 
     def _psaq_terms(self, images: Tensor) -> dict[str, Tensor]:
@@ -345,10 +352,11 @@ class BatchSynthesizer:
         total = terms["classification"] + config.variation_weight * variation
         if "entropy" in terms:
             total = total - terms["entropy"]
-        if "alignment" in terms:
+        guide = terms.get("alignment", terms.get("statistics"))
+        if guide is not None:
             if self.alignment_weight is None:
-                self.alignment_weight = _level(terms["classification"], terms["alignment"])
-            total = total + self.alignment_weight * terms["alignment"]
+                self.alignment_weight = _level(terms["classification"], guide)
+            total = total + self.alignment_weight * guide
         self.optimizer.zero_grad()
         total.backward()
         self.optimizer.step()
