@@ -93,6 +93,35 @@ def trained_norms() -> Callable[[nn.Module], nn.Module]:
     return train
 
 
+CONVOLUTIONAL = {
+    "resnet": ("test_resnet", {"num_classes": 10}),
+    "mobilenet": ("test_efficientnet", {"num_classes": 10, "act_layer": "relu6"}),
+    "convnext": (
+        "convnext_tiny",
+        {"num_classes": 10, "depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]},
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def convolutional_families() -> dict[str, tuple[str, dict[str, object]]]:
+    """Architecture and arguments of a small network of each convolutional family."""
+    return CONVOLUTIONAL
+
+
+@pytest.fixture
+def build_convolutional(
+    build_model: Callable[..., nn.Module], trained_norms: Callable[[nn.Module], nn.Module]
+) -> Callable[[str], nn.Module]:
+    """Build a small ResNet, MobileNet or ConvNeXt of 10 classes, as if it had been trained."""
+
+    def build_trained(family: str) -> nn.Module:
+        architecture, model_args = CONVOLUTIONAL[family]
+        return trained_norms(build_model(architecture, **model_args)).requires_grad_(False)
+
+    return build_trained
+
+
 @pytest.fixture
 def tiny_vit(build_model: Callable[..., nn.Module]) -> nn.Module:
     """A vision transformer for 32 x 32 pictures: 16 patches, 2 blocks, 2 heads, 10 classes."""
