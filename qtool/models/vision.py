@@ -147,8 +147,9 @@ def open_model(
     """Open a classifier with its weights.
 
     Args:
-        name: Alias, timm name with or without tag, path of a .safetensors file, `hf-hub:OWNER/NAME`
-            or `local-dir:FOLDER`.
+        name: Alias or timm name with or without tag, either with arguments of timm's builder behind
+            it (`mobilenetv2,act_layer=relu`), path of a .safetensors file, `hf-hub:OWNER/NAME` or
+            `local-dir:FOLDER`.
         weights: "pretrained" for the weights that belong to the name, or a file of weights.
         offline: Take weights from disk only; no socket is opened.
         device: Where the model goes.

@@ -295,6 +295,22 @@ def test_everything_simulated_lives_where_the_model_lives(prepare, name):
     assert left == []
 
 
+def test_register_tokens_are_quantized_like_any(build_model, images):
+    reference = build_model("vit_tiny_patch16_224", **SIZES, reg_tokens=3).requires_grad_(False)
+    layout = vision.layout(reference)
+    plans = plan_layers(
+        reference,
+        attentions=[site.name for site in layout.attentions],
+        bits=BitSpec(4, 4),
+        quantizer="table",
+    )
+    model = simulate(copy.deepcopy(reference), plans, layout.attentions)
+    rebuilt(reference, model, images, steps=1)
+    with torch.no_grad():
+        expected = model(images)
+        assert torch.equal(freeze(model)(images), expected)
+
+
 FAMILIES = ("resnet", "mobilenet", "convnext")
 
 
