@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qtool import __version__
-from qtool.api import calibration, layer_report
+from qtool.api import calibration, layer_report, precision
 from qtool.api.load import restore
 from qtool.api.runtime import bfloat16_is_faster, check_report, prepare, write_report
 from qtool.api.synthesize import STEPS, denormalised, sheet_png
@@ -27,7 +27,7 @@ from qtool.methods.spdfq.reconstruction import (
 )
 from qtool.models import registry, vision
 from qtool.quant.convolution import fold_norms
-from qtool.quant.plan import LayerPlan, plan_layers, weight_parameters
+from qtool.quant.plan import LayerPlan, weight_parameters
 from qtool.report import Picture, Result, Table
 from qtool.settings.quantize import QuantizeSettings
 
@@ -97,19 +97,13 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
         settings.model, weights=settings.weights, offline=settings.offline, device=device
     )
     layout = vision.layout(opened.model)
-    plans = plan_layers(
-        opened.model,
-        attentions=[site.name for site in layout.attentions],
-        bits=settings.bit_spec,
-        batch_norms=dict(layout.batch_norms),
-        keep=settings.kept,
-        skip=settings.skip,
-        quantizer="table" if settings.recipe == "strong" else "uniform",
-    )
+    precision.uniform_plans(settings, opened)  # refuses wrong rules before any work
     made = calibration.gather(settings, opened, batch_size=_BATCH, progress=progress)
     pixels = made.pixels.to(device)
     synthesized = time.monotonic()
 
+    chosen = precision.choose(settings, opened, pixels, progress=progress)
+    plans = chosen.plans
     float_bytes = sum(p.numel() * 4 for p in opened.model.parameters())
     fold_norms(opened.model, [(name, plan.norm) for name, plan in plans.items() if plan.norm])
     model = simulate(copy.deepcopy(opened.model), plans, layout.attentions)
@@ -160,6 +154,7 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
         "float_bytes": float_bytes,
         "quantized_weights": float_weights,
         **made.summary,
+        **chosen.summary,
         "seconds": {
             "calibration_images": round(synthesized - started, 1),
             "reconstruction": round(reconstructed - synthesized, 1),
@@ -292,6 +287,7 @@ def _tables(
         ("file", summary["output"]),
         ("size", size),
         ("calibration", f"{summary['count']} images, {summary['calibration']}"),
+        *([("mean bits", f"{summary['mean_bits']:.2f}")] if "mean_bits" in summary else []),
         ("agreement with float on them", f"{summary['calibration_agreement']:.1%}"),
         ("time", f"{summary['seconds']['total']:.0f} s"),
     ]

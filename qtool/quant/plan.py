@@ -105,7 +105,7 @@ def plan_layers(
     plans = {
         name: _layer_plan(
             kind,
-            _bits_of(name, bits, keep),
+            kept_bits(name, keep) or bits,
             quantizer,
             sees_picture=name == first,
             norm=norms.get(name, ""),
@@ -118,11 +118,9 @@ def plan_layers(
     return plans
 
 
-def _bits_of(name: str, bits: BitSpec, keep: Sequence[tuple[str, BitSpec]]) -> BitSpec:
-    for glob, kept in reversed(keep):
-        if fnmatchcase(name, glob):
-            return kept
-    return bits
+def kept_bits(name: str, keep: Sequence[tuple[str, BitSpec]]) -> BitSpec | None:
+    """The bits of the last rule that matches a layer, or None."""
+    return next((kept for glob, kept in reversed(keep) if fnmatchcase(name, glob)), None)
 
 
 def _layer_plan(

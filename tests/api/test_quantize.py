@@ -86,6 +86,27 @@ def test_the_file_computes_what_calibration_computed(quantize, swin, bits):
     assert checked["max_abs_difference"] < 1e-3
 
 
+@pytest.mark.parametrize("budget", ["size", "macs"])
+def test_mixed_bits_keep_their_mean_and_the_users_rules(quantize, demo, budget):
+    result = quantize(demo, out=OUT, bits="mixed:3.5", budget=budget, keep=("head=w8a4",))
+    summary = result.summary
+    assert 3.0 < summary["mean_bits"] <= 3.5
+    assert len(summary["layers_per_width"]) > 1
+    assert summary["verify"]["max_abs_difference"] == 0.0
+    header = checkpoint.read_header(OUT)
+    assert header.active_bits == "mixed:3.5"
+    assert (header.layers["head"].weight_bits, header.layers["head"].input_bits) == (8, 4)
+    assert {item["layer"]: item["bits"] for item in result.items}["head"] == "w8a4"
+    if budget == "size":
+        widths = {name: layer.weight_bits for name, layer in header.layers.items()}
+        floats = vision.open_model(demo).model
+        sizes = {
+            name: floats.get_submodule(name).weight.numel() for name, bits in widths.items() if bits
+        }
+        mean = sum(widths[name] * size for name, size in sizes.items()) / sum(sizes.values())
+        assert mean <= 3.7
+
+
 def test_the_header_says_where_the_weights_came_from(quantize, demo):
     quantize(demo, out=OUT, bits="w3a4", seed=11, effort="max", skip=("head",))
     header = checkpoint.read_header(OUT)

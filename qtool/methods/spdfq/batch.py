@@ -6,6 +6,7 @@ References: SPDFQ (arXiv 2412.16553); PSAQ-ViT (arXiv 2203.02250).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -23,7 +24,7 @@ from qtool.methods.spdfq.priors import (
     soft_labels,
 )
 from qtool.methods.spdfq.taps import tapped, unfused
-from qtool.models.vision import Layout
+from qtool.models.vision import AttentionSite, Layout
 
 Method = Literal["spdfq", "psaq", "noise"]
 
@@ -54,6 +55,8 @@ class SynthesisConfig:
         alignment_weight: Weight of attention alignment (alpha 1), or of the statistics that stand
             for it in networks with BatchNorm; None picks the largest power of ten that keeps it
             below the classification term at the first step.
+        entropy_weight: Weight of the patch-similarity entropy that `spdfq` borrows from PSAQ-ViT;
+            0 is the paper's loss.
         patches_per_step: Patches that take part in one step, drawn afresh; None means all. The
             mean over a draw estimates the mean over all, at a fraction of the cost.
         bfloat16: Run the network's matrix products in bfloat16.
@@ -66,6 +69,7 @@ class SynthesisConfig:
     classes: tuple[int, ...] = ()
     variation_weight: float = 0.05
     alignment_weight: float | None = None
+    entropy_weight: float = 0.0
     patches_per_step: int | None = None
     bfloat16: bool = False
 
@@ -201,9 +205,12 @@ class BatchSynthesizer:
 
     def _terms(self) -> tuple[str, ...]:
         """Keys of a record, in order."""
-        own = ["alignment" if self.config.method == "spdfq" else "entropy"]
-        if not self.layout.attentions:
-            own = ["statistics"] if self._norms else []
+        if self.config.method == "psaq":
+            own: tuple[str, ...] = ("entropy",)
+        elif not self.layout.attentions:
+            own = ("statistics",) if self._norms else ()
+        else:
+            own = ("alignment", "entropy") if self.config.entropy_weight else ("alignment",)
         return (*own, "classification", "step", "variation")
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -290,9 +297,11 @@ class BatchSynthesizer:
     def _spdfq_terms(self, images: Tensor) -> dict[str, Tensor]:
         drawn = self._drawn_boxes()
         patches = self._jitter(self._patches(self.pixels, [self.boxes[i] for i in drawn]))
+        diverse = self.layout.attentions if self.config.entropy_weight else ()
         with (
             unfused(self.model, self._open_sites()),
             tapped(self.model, [site.name for site in self._sites], source="attn_drop") as caught,
+            tapped(self.model, [site.name for site in diverse], source="proj") as attended,
             statistics.measured(self.model, self._norms, count=len(images)) as distances,
         ):
             logits = self._forward(torch.cat((images, patches)))
@@ -323,7 +332,20 @@ class BatchSynthesizer:
                 for index, (row, prior) in enumerate(zip(rows, self.priors, strict=True))
             ]
         ).sum()
-        return {"alignment": aligned, "classification": classified}
+        terms = {"alignment": aligned}
+        if attended:
+            values = [v[: v.shape[0] * len(images) // total] for v in attended]
+            terms["entropy"] = self._entropy(values, diverse)
+        return terms | {"classification": classified}
+
+    def _entropy(self, attended: list[Tensor], sites: Sequence[AttentionSite]) -> Tensor:
+        """Patch-similarity entropy of attention-weighted values, summed over blocks."""
+        entropy = self.pixels.new_zeros(())
+        for values, site in zip(attended, sites, strict=True):
+            prefix = self.layout.prefix_tokens if site.kind == "tokens" else 0
+            per_head = values.unflatten(-1, (site.heads, -1)).mean(dim=-2)
+            entropy = entropy + losses.patch_similarity_entropy(per_head[:, prefix:])
+        return entropy
 
     def _psaq_terms(self, images: Tensor) -> dict[str, Tensor]:
         with (
@@ -331,13 +353,8 @@ class BatchSynthesizer:
             tapped(self.model, [site.name for site in self._sites], source="proj") as caught,
         ):
             logits = self._forward(images)
-        entropy = self.pixels.new_zeros(())
-        for values, site in zip(caught, self._sites, strict=True):
-            prefix = self.layout.prefix_tokens if site.kind == "tokens" else 0
-            per_head = values.unflatten(-1, (site.heads, -1)).mean(dim=-2)
-            entropy = entropy + losses.patch_similarity_entropy(per_head[:, prefix:])
         return {
-            "entropy": entropy,
+            "entropy": self._entropy(caught, self._sites),
             "classification": losses.soft_cross_entropy(logits, self.labels),
         }
 
@@ -351,7 +368,8 @@ class BatchSynthesizer:
         variation = (losses.total_variation(images) - self._variation).abs()
         total = terms["classification"] + config.variation_weight * variation
         if "entropy" in terms:
-            total = total - terms["entropy"]
+            weight = 1.0 if config.method == "psaq" else config.entropy_weight
+            total = total - weight * terms["entropy"]
         guide = terms.get("alignment", terms.get("statistics"))
         if guide is not None:
             if self.alignment_weight is None:
