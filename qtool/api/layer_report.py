@@ -15,6 +15,7 @@ from qtool.quant.layers import QuantLinear
 from qtool.quant.plan import LayerPlan
 
 _IMAGES = 8
+_PRODUCTS = {"attention": "matmul", "linear": "linear", "conv": "conv2d"}
 
 
 def shown(error: float | None) -> str:
@@ -44,7 +45,7 @@ def _outputs(model: nn.Module, names: Iterable[str], images: Tensor) -> dict[str
         for name in names:
 
             def keep(_: nn.Module, __: object, output: Tensor, name: str = name) -> None:
-                outputs[name] = output
+                outputs[name] = output.clone()  # activations may write over it
 
             handle = model.get_submodule(name).register_forward_hook(keep)
             stack.callback(handle.remove)
@@ -78,7 +79,7 @@ def backends(model: nn.Module, plans: Mapping[str, LayerPlan], images: Tensor) -
                 plan: LayerPlan = plan,
                 start: list[int] = start,
             ) -> None:
-                wanted = "matmul" if plan.kind == "attention" else "linear"
+                wanted = _PRODUCTS[plan.kind]
                 used = {
                     d.backend
                     for d in decisions[start.pop() :]

@@ -47,10 +47,12 @@ def uniform_plans(
     Raises:
         UsageError: A rule matches no layer.
     """
+    layout = vision.layout(opened.model)
     return plan_layers(
         opened.model,
-        attentions=[site.name for site in vision.layout(opened.model).attentions],
+        attentions=[site.name for site in layout.attentions],
         bits=bits or settings.bit_spec,
+        batch_norms=dict(layout.batch_norms),
         keep=(*rules, *settings.kept),
         skip=settings.skip,
         quantizer="table" if settings.recipe == "strong" else "uniform",

@@ -27,6 +27,7 @@ from qtool.methods.spdfq.reconstruction import (
     simulate,
 )
 from qtool.models import registry, vision
+from qtool.quant.convolution import fold_norms
 from qtool.quant.plan import LayerPlan, weight_parameters
 from qtool.report import Picture, Result, Table
 from qtool.settings.quantize import QuantizeSettings
@@ -105,6 +106,8 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
 
     chosen = precision.choose(settings, opened, pixels, progress=progress)
     plans = chosen.plans
+    float_bytes = sum(p.numel() * 4 for p in opened.model.parameters())
+    fold_norms(opened.model, [(name, plan.norm) for name, plan in plans.items() if plan.norm])
     model = simulate(copy.deepcopy(opened.model), plans, layout.attentions)
     float_weights = weight_parameters(opened.model, plans)
     units = reconstruct(
@@ -150,7 +153,7 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
         "count": len(pixels),
         "output": str(settings.output),
         "bytes": settings.output.stat().st_size,
-        "float_bytes": sum(p.numel() * 4 for p in opened.model.parameters()),
+        "float_bytes": float_bytes,
         "quantized_weights": float_weights,
         **made.summary,
         **chosen.summary,

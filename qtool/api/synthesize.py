@@ -52,8 +52,18 @@ def synthesis_config(
     learning_rate: float | None = None,
     classes: tuple[int, ...] = (),
 ) -> SynthesisConfig:
-    """Turn an effort and its overrides into settings of the method."""
-    windows = any(site.kind == "windows" for site in vision.layout(model).attentions)
+    """Turn an effort and its overrides into settings of the method.
+
+    Raises:
+        UsageError: The model has nothing that the method needs.
+    """
+    sites = vision.layout(model).attentions
+    if method == "psaq" and not sites:
+        raise UsageError(
+            f"psaq compares patch tokens, and {type(model).__name__} has none",
+            remedy="take --method spdfq",
+        )
+    windows = any(site.kind == "windows" for site in sites)
     return SynthesisConfig(
         method=method,
         steps=steps or STEPS[effort],
