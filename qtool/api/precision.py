@@ -25,7 +25,8 @@ class Precision:
 
     Attributes:
         plans: By module name.
-        losses: Per layer, the estimated divergence at the width taken; empty without a choice.
+        losses: Per layer, the divergence that its rounding alone is estimated to cause before any
+            training.
         summary: What is worth saying about the choice.
     """
 
@@ -78,12 +79,14 @@ def choose(
         UsageError: No choice keeps the mean.
     """
     plans = uniform_plans(settings, opened)
-    average = settings.average_bits
+    layout, average = vision.layout(opened.model), settings.average_bits
     if average is None:
-        return Precision(plans)
+        width = settings.bit_spec.weight
+        own = layer_losses(opened.model, layout, lambda _: plans, pixels, widths=(width,))
+        return Precision(plans, {name: losses[width] for name, losses in own.items()})
     losses = layer_losses(
         opened.model,
-        vision.layout(opened.model),
+        layout,
         lambda bits: uniform_plans(settings, opened, bits=BitSpec(bits, bits)),
         pixels,
         widths=WEIGHT_BITS,

@@ -184,10 +184,11 @@ def denormalised(pixels: Tensor, data: vision.DataConfig) -> Tensor:
     return (pixels * std + mean).clamp(0.0, 1.0)
 
 
-def sheet_png(visible: Tensor, *, captions: Sequence[str] = ()) -> bytes:
+def sheet_png(visible: Tensor, *, captions: Sequence[str] = (), columns: int = 8) -> bytes:
     """A contact sheet of pictures (N, 3, H, W) in 0..1, as PNG bytes."""
     buffer = io.BytesIO()
-    images.contact_sheet(list(visible), captions=captions).save(buffer, format="PNG")
+    page = images.contact_sheet(list(visible), captions=captions, columns=columns)
+    page.save(buffer, format="PNG")
     return buffer.getvalue()
 
 

@@ -19,11 +19,12 @@ from qtool.methods.spdfq import losses, statistics
 from qtool.methods.spdfq.priors import (
     Box,
     attention_priors,
+    magnified,
     natural_noise,
     patch_boxes,
     soft_labels,
 )
-from qtool.methods.spdfq.taps import tapped, unfused
+from qtool.methods.spdfq.taps import summary_rows, tapped, unfused
 from qtool.models.vision import AttentionSite, Layout
 
 Method = Literal["spdfq", "psaq", "noise"]
@@ -259,16 +260,6 @@ class BatchSynthesizer:
         drawn = torch.randperm(len(self.boxes), generator=self._generator)[:limit]
         return sorted(drawn.tolist())
 
-    def _patches(self, images: Tensor, boxes: list[Box]) -> Tensor:
-        # Unbinding first keeps the gradient of each crop as small as its own image.
-        single = images.unbind(0)
-        crops = []
-        for box in boxes:
-            rows, columns = slice(box.top, box.top + box.side), slice(box.left, box.left + box.side)
-            crop = single[box.image][None, :, rows, columns]
-            crops.append(F.interpolate(crop, size=self.size, mode="bilinear"))
-        return torch.cat(crops) if crops else images[:0]
-
     def _open_sites(self) -> list[str]:
         """Attention modules that must not be fused: where the map is needed, and all on a CPU.
 
@@ -296,7 +287,7 @@ class BatchSynthesizer:
 
     def _spdfq_terms(self, images: Tensor) -> dict[str, Tensor]:
         drawn = self._drawn_boxes()
-        patches = self._jitter(self._patches(self.pixels, [self.boxes[i] for i in drawn]))
+        patches = self._jitter(magnified(self.pixels, [self.boxes[i] for i in drawn]))
         diverse = self.layout.attentions if self.config.entropy_weight else ()
         with (
             unfused(self.model, self._open_sites()),
@@ -315,11 +306,7 @@ class BatchSynthesizer:
         total = len(images) + len(patches)
         maps = [m[: m.shape[0] * len(images) // total] for m in caught]
         rows = [
-            losses.class_attention(
-                probabilities,
-                class_token=self.layout.class_token and site.kind == "tokens",
-                prefix_tokens=self.layout.prefix_tokens if site.kind == "tokens" else 0,
-            )
+            summary_rows(probabilities, site=site, layout=self.layout)
             for probabilities, site in zip(maps, self._sites, strict=True)
         ]
         if not self.priors:
@@ -394,7 +381,7 @@ class BatchSynthesizer:
         images = self.pixels.detach()
         choice = self._forward(images).argmax(dim=1).tolist()
         agreement = [c in names for c, names in zip(choice, self.intended, strict=True)]
-        patches = self._patches(images, self.boxes)
+        patches = magnified(images, self.boxes)
         seen = self._forward(patches).argmax(dim=1).tolist() if len(patches) else []
         return SyntheticImages(
             images=images.cpu(),
