@@ -177,6 +177,13 @@ def test_convolutional_networks_go_all_the_way(quantize, convolutional, family, 
     assert first["output_error"] < 0.1
 
 
+def test_convolutions_take_part_in_mixed_precision(quantize, convolutional):
+    result = quantize(convolutional("resnet"), out=OUT, bits="mixed:4.0")
+    assert result.summary["mean_bits"] <= 4.0
+    assert result.summary["verify"]["max_abs_difference"] == 0.0
+    assert len({item["bits"] for item in result.items if item["kind"] == "conv"}) > 1
+
+
 def test_a_convolution_left_in_float_keeps_its_norm(quantize, convolutional):
     model = convolutional("resnet")
     quantize(model, out=OUT, skip=("layer1.0.conv2",), bits="w8a8")
