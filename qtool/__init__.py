@@ -9,11 +9,13 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from qtool.api.demoire.run import demoire
     from qtool.api.evaluate import evaluate
     from qtool.api.load import load
     from qtool.api.quantize import quantize
     from qtool.api.synthesize import synthesize_images
     from qtool.errors import QtoolError
+    from qtool.settings.demoire import DemoireSettings
     from qtool.settings.evaluate import EvaluateSettings
     from qtool.settings.quantize import QuantizeSettings
     from qtool.settings.synthesize import SynthesizeSettings
@@ -21,11 +23,13 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "DemoireSettings",
     "EvaluateSettings",
     "QtoolError",
     "QuantizeSettings",
     "SynthesizeSettings",
     "__version__",
+    "demoire",
     "evaluate",
     "load",
     "quantize",
@@ -33,10 +37,12 @@ __all__ = [
 ]
 
 _HOME = {
+    "DemoireSettings": "qtool.settings.demoire",
     "EvaluateSettings": "qtool.settings.evaluate",
     "QtoolError": "qtool.errors",
     "QuantizeSettings": "qtool.settings.quantize",
     "SynthesizeSettings": "qtool.settings.synthesize",
+    "demoire": "qtool.api.demoire.run",
     "evaluate": "qtool.api.evaluate",
     "load": "qtool.api.load",
     "quantize": "qtool.api.quantize",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -48,6 +49,14 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no real pictures and weights beside the repository")
     return folder
+
+
+@pytest.fixture(scope="session")
+def photo_files() -> ModuleType:
+    """What makes photographs with awkward traits."""
+    from tests import photo_files as made
+
+    return made
 
 
 @pytest.fixture(autouse=True)
