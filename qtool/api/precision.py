@@ -25,7 +25,8 @@ class Precision:
 
     Attributes:
         plans: By module name.
-        losses: Per layer, the estimated divergence at the width taken; empty without a choice.
+        losses: Per layer, the divergence that its rounding alone is estimated to cause before any
+            training.
         summary: What is worth saying about the choice.
     """
 
@@ -46,10 +47,12 @@ def uniform_plans(
     Raises:
         UsageError: A rule matches no layer.
     """
+    layout = vision.layout(opened.model)
     return plan_layers(
         opened.model,
-        attentions=[site.name for site in vision.layout(opened.model).attentions],
+        attentions=[site.name for site in layout.attentions],
         bits=bits or settings.bit_spec,
+        batch_norms=dict(layout.batch_norms),
         keep=(*rules, *settings.kept),
         skip=settings.skip,
         quantizer="table" if settings.recipe == "strong" else "uniform",
@@ -76,12 +79,14 @@ def choose(
         UsageError: No choice keeps the mean.
     """
     plans = uniform_plans(settings, opened)
-    average = settings.average_bits
+    layout, average = vision.layout(opened.model), settings.average_bits
     if average is None:
-        return Precision(plans)
+        width = settings.bit_spec.weight
+        own = layer_losses(opened.model, layout, lambda _: plans, pixels, widths=(width,))
+        return Precision(plans, {name: losses[width] for name, losses in own.items()})
     losses = layer_losses(
         opened.model,
-        vision.layout(opened.model),
+        layout,
         lambda bits: uniform_plans(settings, opened, bits=BitSpec(bits, bits)),
         pixels,
         widths=WEIGHT_BITS,

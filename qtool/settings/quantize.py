@@ -33,7 +33,9 @@ class QuantizeSettings(WriterSettings):
     """`qtool quantize`: a model to one safetensors file of low-bit integers."""
 
     model: str = Field(
-        min_length=1, description="Model: an alias, a timm name, a .safetensors file, hf-hub:ID."
+        min_length=1,
+        description="Model: an alias, a timm name (NAME,KEY=VALUE adds arguments), a .safetensors "
+        "file, hf-hub:ID.",
     )
     bits: Annotated[str, AfterValidator(_checked_bits)] = Field(
         default="w4a4",

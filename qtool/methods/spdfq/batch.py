@@ -15,15 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qtool.errors import CheckpointError
-from qtool.methods.spdfq import losses
+from qtool.methods.spdfq import losses, statistics
 from qtool.methods.spdfq.priors import (
     Box,
     attention_priors,
+    magnified,
     natural_noise,
     patch_boxes,
     soft_labels,
 )
-from qtool.methods.spdfq.taps import tapped, unfused
+from qtool.methods.spdfq.taps import summary_rows, tapped, unfused
 from qtool.models.vision import AttentionSite, Layout
 
 Method = Literal["spdfq", "psaq", "noise"]
@@ -52,8 +53,9 @@ class SynthesisConfig:
         seed: Base seed; every batch derives its own.
         classes: Classes to draw from; empty means all.
         variation_weight: Weight of the total-variation term.
-        alignment_weight: Weight of attention alignment (alpha 1); None picks the largest
-            power of ten that keeps it below the classification term at the first step.
+        alignment_weight: Weight of attention alignment (alpha 1), or of the statistics that stand
+            for it in networks with BatchNorm; None picks the largest power of ten that keeps it
+            below the classification term at the first step.
         entropy_weight: Weight of the patch-similarity entropy that `spdfq` borrows from PSAQ-ViT;
             0 is the paper's loss.
         patches_per_step: Patches that take part in one step, drawn afresh; None means all. The
@@ -136,6 +138,7 @@ class BatchSynthesizer:
     ) -> None:
         self.model = model
         self.layout = layout
+        self._norms = () if layout.attentions else statistics.remembered(model)
         self.size = size
         self.config = config
         self.device = next(model.parameters()).device
@@ -205,6 +208,8 @@ class BatchSynthesizer:
         """Keys of a record, in order."""
         if self.config.method == "psaq":
             own: tuple[str, ...] = ("entropy",)
+        elif not self.layout.attentions:
+            own = ("statistics",) if self._norms else ()
         else:
             own = ("alignment", "entropy") if self.config.entropy_weight else ("alignment",)
         return (*own, "classification", "step", "variation")
@@ -255,16 +260,6 @@ class BatchSynthesizer:
         drawn = torch.randperm(len(self.boxes), generator=self._generator)[:limit]
         return sorted(drawn.tolist())
 
-    def _patches(self, images: Tensor, boxes: list[Box]) -> Tensor:
-        # Unbinding first keeps the gradient of each crop as small as its own image.
-        single = images.unbind(0)
-        crops = []
-        for box in boxes:
-            rows, columns = slice(box.top, box.top + box.side), slice(box.left, box.left + box.side)
-            crop = single[box.image][None, :, rows, columns]
-            crops.append(F.interpolate(crop, size=self.size, mode="bilinear"))
-        return torch.cat(crops) if crops else images[:0]
-
     def _open_sites(self) -> list[str]:
         """Attention modules that must not be fused: where the map is needed, and all on a CPU.
 
@@ -292,22 +287,26 @@ class BatchSynthesizer:
 
     def _spdfq_terms(self, images: Tensor) -> dict[str, Tensor]:
         drawn = self._drawn_boxes()
-        patches = self._jitter(self._patches(self.pixels, [self.boxes[i] for i in drawn]))
+        patches = self._jitter(magnified(self.pixels, [self.boxes[i] for i in drawn]))
         diverse = self.layout.attentions if self.config.entropy_weight else ()
         with (
             unfused(self.model, self._open_sites()),
             tapped(self.model, [site.name for site in self._sites], source="attn_drop") as caught,
             tapped(self.model, [site.name for site in diverse], source="proj") as attended,
+            statistics.measured(self.model, self._norms, count=len(images)) as distances,
         ):
             logits = self._forward(torch.cat((images, patches)))
+        classified = losses.soft_cross_entropy(logits[: len(images)], self.labels)
+        if len(patches):
+            wanted = self._patch_labels[drawn]
+            classified = classified + losses.soft_cross_entropy(logits[len(images) :], wanted)
+        if not self._sites:
+            guide = {"statistics": torch.stack(distances).mean()} if distances else {}
+            return {**guide, "classification": classified}
         total = len(images) + len(patches)
         maps = [m[: m.shape[0] * len(images) // total] for m in caught]
         rows = [
-            losses.class_attention(
-                probabilities,
-                class_token=self.layout.class_token and site.kind == "tokens",
-                prefix_tokens=self.layout.prefix_tokens if site.kind == "tokens" else 0,
-            )
+            summary_rows(probabilities, site=site, layout=self.layout)
             for probabilities, site in zip(maps, self._sites, strict=True)
         ]
         if not self.priors:
@@ -320,10 +319,6 @@ class BatchSynthesizer:
                 for index, (row, prior) in enumerate(zip(rows, self.priors, strict=True))
             ]
         ).sum()
-        whole, parts = logits[: len(images)], logits[len(images) :]
-        classified = losses.soft_cross_entropy(whole, self.labels)
-        if len(patches):
-            classified = classified + losses.soft_cross_entropy(parts, self._patch_labels[drawn])
         terms = {"alignment": aligned}
         if attended:
             values = [v[: v.shape[0] * len(images) // total] for v in attended]
@@ -362,10 +357,11 @@ class BatchSynthesizer:
         if "entropy" in terms:
             weight = 1.0 if config.method == "psaq" else config.entropy_weight
             total = total - weight * terms["entropy"]
-        if "alignment" in terms:
+        guide = terms.get("alignment", terms.get("statistics"))
+        if guide is not None:
             if self.alignment_weight is None:
-                self.alignment_weight = _level(terms["classification"], terms["alignment"])
-            total = total + self.alignment_weight * terms["alignment"]
+                self.alignment_weight = _level(terms["classification"], guide)
+            total = total + self.alignment_weight * guide
         self.optimizer.zero_grad()
         total.backward()
         self.optimizer.step()
@@ -385,7 +381,7 @@ class BatchSynthesizer:
         images = self.pixels.detach()
         choice = self._forward(images).argmax(dim=1).tolist()
         agreement = [c in names for c, names in zip(choice, self.intended, strict=True)]
-        patches = self._patches(images, self.boxes)
+        patches = magnified(images, self.boxes)
         seen = self._forward(patches).argmax(dim=1).tolist() if len(patches) else []
         return SyntheticImages(
             images=images.cpu(),

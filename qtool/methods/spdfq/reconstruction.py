@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from qtool.errors import Progress
 from qtool.models.vision import AttentionSite, Layout
 from qtool.quant.attention import ATTENTION_CLASSES
+from qtool.quant.convolution import SimulatedConv2d
 from qtool.quant.plan import LayerPlan, replace_module
 from qtool.quant.simulation import SimulatedLayer, SimulatedLinear, SimulatedProducts
 
@@ -89,7 +90,9 @@ def simulate(
             device = next(source.parameters()).device
             products = SimulatedProducts(plan).to(device)
             replace_module(model, name, ATTENTION_CLASSES[kinds[name]](source, products))
-        elif isinstance(source, nn.Linear | nn.Conv2d):
+        elif isinstance(source, nn.Conv2d):
+            replace_module(model, name, SimulatedConv2d(source, plan))
+        elif isinstance(source, nn.Linear):
             replace_module(model, name, SimulatedLinear(source, plan))
     return model.eval()
 

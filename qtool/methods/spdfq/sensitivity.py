@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from qtool.errors import Progress
 from qtool.methods.spdfq.reconstruction import choose_ranges, simulate
 from qtool.models.vision import Layout
+from qtool.quant.convolution import fold_norms
 from qtool.quant.plan import LayerPlan
 from qtool.quant.simulation import SimulatedLayer
 
@@ -38,8 +39,9 @@ def _answer_gradients(
     with ExitStack() as stack, torch.enable_grad():
         for name in names:
 
-            def keep(_: nn.Module, __: object, output: Tensor, name: str = name) -> None:
+            def keep(_: nn.Module, __: object, output: Tensor, name: str = name) -> Tensor:
                 outputs[name] = output
+                return output.clone()  # activations may write over it
 
             handle = model.get_submodule(name).register_forward_hook(keep)
             stack.callback(handle.remove)
@@ -53,9 +55,8 @@ def _answer_gradients(
     return dict(zip(outputs, gradients, strict=True))
 
 
-def _projected(error: Tensor, gradient: Tensor) -> float:
+def _projected(error: Tensor, gradient: Tensor, *, channels: int) -> float:
     """Squared projection of each token's error on its gradient, summed over tokens, per image."""
-    channels = 1 if error.dim() == 4 else -1
     return float((error * gradient).sum(dim=channels).square().sum()) / len(error)
 
 
@@ -85,14 +86,17 @@ def layer_losses(
         width.
     """
     sample = images[:SAMPLE]
-    names = list(plans_at(widths[0]))
-    gradients = _answer_gradients(model, names, sample, seed=seed)
+    plans = plans_at(widths[0])
+    names = list(plans)
+    norms = [(name, plan.norm) for name, plan in plans.items() if plan.norm]
+    folded = fold_norms(copy.deepcopy(model), norms)
+    gradients = _answer_gradients(folded, names, sample, seed=seed)
     losses: dict[str, dict[int, float]] = {name: {} for name in names}
     for index, bits in enumerate(sorted(widths)):
-        simulated = simulate(copy.deepcopy(model), plans_at(bits), layout.attentions)
+        simulated = simulate(copy.deepcopy(folded), plans_at(bits), layout.attentions)
         simulated.requires_grad_(False)
         choose_ranges(simulated, sample, layout)
-        for name, loss in _losses_of(simulated, sample, gradients).items():
+        for name, loss in _losses_of(simulated, plans, sample, gradients).items():
             before = losses[name].values()
             losses[name][bits] = min(loss, *before) if before else loss
         if progress is not None:
@@ -102,7 +106,10 @@ def layer_losses(
 
 @torch.no_grad()
 def _losses_of(
-    simulated: nn.Module, images: Tensor, gradients: Mapping[str, Tensor]
+    simulated: nn.Module,
+    plans: Mapping[str, LayerPlan],
+    images: Tensor,
+    gradients: Mapping[str, Tensor],
 ) -> dict[str, float]:
     """Quantize one layer after the other, each on the input it gets from the float layers."""
     losses: dict[str, float] = {}
@@ -125,7 +132,9 @@ def _losses_of(
                     return
                 busy.append(name)
                 own.enabled = True
-                losses[name] = _projected(module(*args, **kwargs) - output, gradient)
+                error = module(*args, **kwargs) - output
+                channels = 1 if plans[name].kind == "conv" else -1
+                losses[name] = _projected(error, gradient, channels=channels)
                 own.enabled = False
                 busy.clear()
 
