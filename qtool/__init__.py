@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from qtool.api.demoire.run import demoire
     from qtool.api.evaluate import evaluate
     from qtool.api.load import load
     from qtool.api.quantize import quantize
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from qtool.api.synthesize import synthesize_images
     from qtool.errors import QtoolError
     from qtool.quant.widths import bits
+    from qtool.settings.demoire import DemoireSettings
     from qtool.settings.evaluate import EvaluateSettings
     from qtool.settings.quantize import QuantizeSettings
     from qtool.settings.switch_bits import SwitchBitsSettings
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "DemoireSettings",
     "EvaluateSettings",
     "QtoolError",
     "QuantizeSettings",
@@ -31,6 +34,7 @@ __all__ = [
     "SynthesizeSettings",
     "__version__",
     "bits",
+    "demoire",
     "evaluate",
     "load",
     "quantize",
@@ -39,12 +43,14 @@ __all__ = [
 ]
 
 _HOME = {
+    "DemoireSettings": "qtool.settings.demoire",
     "EvaluateSettings": "qtool.settings.evaluate",
     "QtoolError": "qtool.errors",
     "QuantizeSettings": "qtool.settings.quantize",
     "SwitchBitsSettings": "qtool.settings.switch_bits",
     "SynthesizeSettings": "qtool.settings.synthesize",
     "bits": "qtool.quant.widths",
+    "demoire": "qtool.api.demoire.run",
     "evaluate": "qtool.api.evaluate",
     "load": "qtool.api.load",
     "quantize": "qtool.api.quantize",

@@ -14,7 +14,7 @@ from PIL import Image
 from qtool.cli.app import main
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ["synthesize images", "quantize", "eval", "models", "info"]
+COMMANDS = ["synthesize images", "quantize", "demoire", "eval", "models", "info"]
 KEYS = ["schema", "command", "status", "items", "summary"]
 
 
@@ -92,6 +92,10 @@ def test_a_wrong_flag_is_one_json_object(qtool, command):
         ("quantize demo_vit --synthetic nowhere", "nowhere"),
         ("eval demo_vit --data nowhere", "nowhere"),
         ("quantize demo_vit", "--data-free"),
+        ("demoire nowhere -o out", "nowhere"),
+        ("demoire -o out", "no photographs"),
+        ("demoire . -o out --tile 8", "--tile"),
+        ("demoire . -o out --max-memory much", "--max-memory"),
     ],
 )
 def test_wrong_requests_exit_2(qtool, line, said):
@@ -217,7 +221,8 @@ TORCH_FREE = """
 import sys
 from qtool.cli.app import main
 for words in [["--help"], ["--version"], ["synthesize", "images", "-h"], ["quantize", "-h"],
-              ["eval", "-h"], ["models", "-h"], ["info", "-h"], ["quantize", "--bits", "x", "m"],
+              ["eval", "-h"], ["demoire", "-h"], ["models", "-h"], ["info", "-h"],
+              ["quantize", "--bits", "x", "m"],
               ["quantize", "m", "--data-free", "--dump-config"]]:
     main(words)
 import os

@@ -178,8 +178,13 @@ def _plans(
     Patch embedding and head stay in half precision unless they are named.
 
     Raises:
-        UsageError: A pinned width is none of those of the file.
+        UsageError: The model is no ViT, DeiT or Swin, or a pinned width is none of the file's.
     """
+    if not layout.attentions:
+        raise UsageError(
+            f"{type(model).__name__} cannot be made switchable: only ViT, DeiT and Swin can",
+            remedy="choose one bit-width, for example w4a8",
+        )
     ends = [
         name
         for name in layout.units
@@ -350,7 +355,9 @@ def _items(
     measured = {}
     for spec in dict.fromkeys((high, low)):
         with widths.bits(str(spec)):
-            measured[str(spec)] = layer_report.measure(model, reference, plans, sample)
+            measured[str(spec)] = layer_report.measure(
+                model, reference, plans, sample, losses=dict.fromkeys(plans, 0.0)
+            )
     first = measured[str(high)]
     return [
         {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
@@ -16,7 +16,13 @@ from qtool.cli.options import (
     option,
 )
 from qtool.cli.session import session
-from qtool.settings.evaluate import EvaluateSettings
+from qtool.settings.evaluate import EvaluateSettings, FidelityMetric, FidelityProtocol
+
+_RESTORED = "Restored pictures"
+
+
+def _complete_metrics(incomplete: str) -> list[str]:
+    return [name for name in get_args(FidelityMetric) if name.startswith(incomplete)]
 
 
 def evaluate(
@@ -40,6 +46,25 @@ def evaluate(
         list[str] | None,
         option(
             EvaluateSettings, "bits", "--bits", "-b", metavar="N|wNaN", complete=complete_widths
+        ),
+    ] = None,
+    reference: Annotated[
+        Path | None,
+        option(EvaluateSettings, "reference", "--reference", panel=_RESTORED, metavar="DIR"),
+    ] = None,
+    protocol: Annotated[
+        FidelityProtocol | None,
+        option(EvaluateSettings, "protocol", "--protocol", panel=_RESTORED),
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        option(
+            EvaluateSettings,
+            "metric",
+            "--metric",
+            panel=_RESTORED,
+            metavar="METRIC",
+            complete=_complete_metrics,
         ),
     ] = None,
     weights: Annotated[
@@ -76,10 +101,12 @@ def register(app: typer.Typer) -> None:
         evaluate,
         name="eval",
         settings=EvaluateSettings,
-        summary="Measure accuracy and latency of a model or a checkpoint.",
+        summary="Measure accuracy and latency of a model, or how good restored pictures are.",
         examples=(
             "qtool eval demo_vit-w4a4.safetensors --baseline demo_vit",
             "qtool eval vit_b-w4a4.safetensors --data imagenet/val --report report.html",
             "qtool eval vit_b-any4-8.safetensors --bits 8 --bits 4 --data imagenet/val",
+            "qtool eval demo_vit --latency --min top1=90",
+            "qtool eval clean/ --reference targets/ --baseline photos/ --protocol uhdm",
         ),
     )

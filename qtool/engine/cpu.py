@@ -2,7 +2,8 @@
 
 With VNNI or AMX `torch._int_mm` takes the products, in blocks of rows so that sums and scaling stay
 in the cache. Elsewhere it is a plain loop, thirty times slower than float32, so there the products
-run as float32 on integer values, in pieces whose sums are exact.
+run as float32 on integer values, in pieces whose sums are exact. So do convolutions on every CPU:
+that needs no copy of overlapping windows and serves depthwise kernels as well.
 The arguments are those of `qtool.engine.ops`, already checked. Every function returns the bits of
 `qtool.engine.reference`, except `matmul_log2`, whose sums are taken in float32.
 """
@@ -12,9 +13,10 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qtool.engine.packing import packed_width, planes
@@ -200,6 +202,67 @@ def _float_sums(
         return float_sums(codes[rows].float() - _rows(x_zero, rows), levels, reach=reach)
 
     return sums
+
+
+def conv2d(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero: Tensor,
+    bias: Tensor | None,
+    weight_bits: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Integer convolution; see `qtool.engine.ops.conv2d`."""
+    depth = x.shape[1] // groups
+    if weight.dtype == torch.uint8:
+        weight = prepare_weight(weight, weight_bits, depth * math.prod(kernel))
+    levels = weight.float() - (weight_zero - 2 ** (weight_bits - 1)).unsqueeze(1)
+    codes = x.float() - x_zero.reshape(())
+    step = _exact_depth(codes, levels, depth)
+    if step == 0:
+        codes, levels, step = codes.double(), levels.double(), depth
+    levels = levels.view(len(levels), depth, *kernel)
+    codes = codes.unflatten(1, (groups, depth))
+    parts = (
+        F.conv2d(
+            codes[:, :, channels].flatten(1, 2),
+            levels[:, channels],
+            stride=tuple(stride),
+            padding=tuple(padding),
+            dilation=tuple(dilation),
+            groups=groups,
+        )
+        for channels in _blocks(depth, step)
+    )
+    sums = next(parts)
+    for part in parts:
+        sums = sums.double() + part
+    y = sums.float().contiguous().mul_((x_scale * weight_scale).view(-1, 1, 1))
+    return y if bias is None else y.add_(bias.view(-1, 1, 1))
+
+
+def _exact_depth(codes: Tensor, levels: Tensor, depth: int) -> int:
+    """How many channels may be summed at once so that every sum stays an exact float32.
+
+    Args:
+        codes: Integer-valued activations, any shape.
+        levels: Integer-valued weights (N, depth * kernel area).
+        depth: Channels of a group.
+    """
+    if not codes.numel() or not levels.numel():
+        return depth
+    reach = float(codes.abs().amax())
+    if float(levels.abs().sum(dim=1).amax()) * reach <= EXACT_SUM:
+        return depth
+    area = levels.shape[1] // depth
+    return int((EXACT_SUM) // (float(levels.abs().amax()) * reach * area))
 
 
 def linear_nested(

@@ -77,8 +77,7 @@ def _plain_json(value: object) -> object:
 
 JsonObject = Annotated[dict[str, Any], BeforeValidator(_plain_json)]
 Bits = Annotated[int, Field(ge=2, le=8)]
-BitsName = Annotated[str, Field(pattern=r"^w[2-8]a([2-8]|16|32)$")]
-ActiveBitsName = Annotated[str, Field(pattern=r"^(mixed|w[2-8]a([2-8]|16|32))$")]
+BitsName = Annotated[str, Field(pattern=r"^(w[2-8]a([2-8]|16|32)|mixed:[2-8](\.\d{1,6})?)$")]
 MIXED = "mixed"
 """The active bits of a switchable file whose layers run at several widths."""
 LayerName = Annotated[str, Field(pattern=r"^\w+(\.\w+)*$", max_length=300)]
@@ -157,7 +156,7 @@ class Header(BaseModel):
     data: JsonObject
     engine: Literal["fixed", "nested", "branches"]
     bits: Annotated[list[BitsName], Field(min_length=1)]
-    active_bits: ActiveBitsName
+    active_bits: BitsName | Literal["mixed"]
     layers: dict[LayerName, LayerBits]
     quantization_config: JsonObject
     provenance: JsonObject

@@ -11,9 +11,17 @@ from torch import Tensor, nn
 from qtool.engine import ops
 from qtool.quant import nested, tables
 from qtool.quant.bits import BitSpec
-from qtool.quant.layers import IntegerProducts, quantized, to_patches
+from qtool.quant.layers import IntegerProducts, quantized
 from qtool.quant.plan import Quantizer, products_quantizers
 from qtool.quant.widths import Offer, SwitchableLayer
+
+
+def to_patches(images: Tensor, patch: tuple[int, ...]) -> Tensor:
+    """Cut (B, C, H, W) into patches as a convolution sees them: (B, H / p * W / q, C * p * q)."""
+    batch, channels, height, width = images.shape
+    down, across = patch
+    grid = images.reshape(batch, channels, height // down, down, width // across, across)
+    return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 class NestedLinear(SwitchableLayer, nn.Module):

@@ -11,8 +11,13 @@ from torch import Tensor, nn
 
 from qtool.quant import nested, nested_rounding, quantizers, tables
 from qtool.quant.bits import BitSpec
-from qtool.quant.layers import to_patches
-from qtool.quant.nested_layers import NestedConv2d, NestedLinear, NestedProducts, table_rows
+from qtool.quant.nested_layers import (
+    NestedConv2d,
+    NestedLinear,
+    NestedProducts,
+    table_rows,
+    to_patches,
+)
 from qtool.quant.plan import LayerPlan, Quantizer, products_quantizers
 from qtool.quant.simulation import SimulatedLayer, SimulatedProducts
 from qtool.quant.widths import Offer, SwitchableLayer

@@ -9,15 +9,19 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
 from qtool.errors import UsageError
-from qtool.quant.bits import BitSpec, parse_range, parse_rule
+from qtool.quant.bits import BitSpec, parse_average, parse_range, parse_rule
 from qtool.settings.base import Effort, ReportPath, WriterSettings
 
+Budget = Literal["size", "macs"]
 Recipe = Literal["paper", "strong"]
 
 
 def _checked_bits(value: str) -> str:
     if parse_range(value) is not None:
         return value.lower()
+    average = parse_average(value)
+    if average is not None:
+        return f"mixed:{average:g}"
     spec = BitSpec.parse(value)
     if not spec.integer:
         raise UsageError(
@@ -31,12 +35,19 @@ class QuantizeSettings(WriterSettings):
     """`qtool quantize`: a model to one safetensors file of low-bit integers."""
 
     model: str = Field(
-        min_length=1, description="Model: an alias, a timm name, a .safetensors file, hf-hub:ID."
+        min_length=1,
+        description="Model: an alias, a timm name (NAME,KEY=VALUE adds arguments), a .safetensors "
+        "file, hf-hub:ID.",
     )
     bits: Annotated[str, AfterValidator(_checked_bits)] = Field(
         default="w4a4",
-        description="Bits of weights and activations, 2 to 8 each; any or any:LO-HI for one file "
-        "that runs at all these widths.",
+        description="Bits of weights and activations, 2 to 8 each; mixed:AVG chooses them layer by "
+        "layer; any or any:LO-HI makes one file that runs at all these widths.",
+    )
+    budget: Budget = Field(
+        default="size",
+        description="What the mean of mixed:AVG is weighted with: size (weights) or macs "
+        "(multiply-adds).",
     )
     data_free: bool = Field(default=False, description="Synthesize the calibration pictures first.")
     calib: Path | None = Field(default=None, description="Folder of pictures to calibrate on.")
@@ -86,17 +97,27 @@ class QuantizeSettings(WriterSettings):
 
     @property
     def bit_spec(self) -> BitSpec:
-        """The bits of all layers without a rule of their own; of a switchable file, to start with.
+        """The bits of all layers without a rule of their own.
 
-        Its activations start at 8 bits.
+        Of mixed ones, the mean; of a switchable file, what it starts with: most bits for weights,
+        8 for activations.
         """
-        widths = self.switchable
-        return BitSpec.parse(self.bits) if widths is None else BitSpec(max(widths), 8)
+        widths, average = self.switchable, self.average_bits
+        if widths is not None:
+            return BitSpec(max(widths), 8)
+        if average is None:
+            return BitSpec.parse(self.bits)
+        return BitSpec(round(average), round(average))
 
     @property
     def switchable(self) -> tuple[int, ...] | None:
         """The weight bits of a switchable file, rising; None for a file with one width."""
         return parse_range(self.bits)
+
+    @property
+    def average_bits(self) -> float | None:
+        """The mean width of mixed precision, or None where all layers get the same bits."""
+        return parse_average(self.bits)
 
     @property
     def kept(self) -> tuple[tuple[str, BitSpec], ...]:
