@@ -14,7 +14,7 @@ from PIL import Image
 from qtool.cli.app import main
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ["synthesize images", "quantize", "demoire", "eval", "models", "info"]
+COMMANDS = ["synthesize images", "quantize", "switch-bits", "demoire", "eval", "models", "info"]
 KEYS = ["schema", "command", "status", "items", "summary"]
 
 
