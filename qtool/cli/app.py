@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from qtool.cli import evaluate, models, quantize, synthesize
+from qtool.cli import evaluate, models, quantize, synthesize, train
 from qtool.cli.console import (
     Look,
     failure,
@@ -58,6 +58,12 @@ _synthesis = typer.Typer(
     short_help="Make training or calibration pictures.",
     invoke_without_command=True,
 )
+_training = typer.Typer(
+    help="\b\nqtool train demoire --moire screen/ --clean photos/ -o mine.safetensors\n\n"
+    "Train networks on your own pictures.",
+    short_help="Train networks on your own pictures.",
+    invoke_without_command=True,
+)
 
 
 def _show_version(wanted: bool) -> None:
@@ -78,6 +84,7 @@ def _root(
 
 
 @_synthesis.callback()
+@_training.callback()
 def _help_if_alone(ctx: typer.Context) -> None:
     if ctx.invoked_subcommand is None:
         ctx.get_help()
@@ -86,6 +93,8 @@ def _help_if_alone(ctx: typer.Context) -> None:
 
 synthesize.register(_synthesis)
 app.add_typer(_synthesis, name="synthesize")
+train.register(_training)
+app.add_typer(_training, name="train")
 quantize.register(app)
 evaluate.register(app)
 models.register(app)
@@ -124,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(words: list[str], look: Look) -> int:
     if os.environ.get("_QTOOL_COMPLETE", "").startswith("source_"):
         return _print_completion()
-    if not words or {"-h", "--help"} & set(words) or words == ["synthesize"]:
+    if not words or {"-h", "--help"} & set(words) or words in (["synthesize"], ["train"]):
         _colour_help(look)
     code = get_command(app).main(args=words, prog_name="qtool", standalone_mode=False)
     if code == 130:  # typer has swallowed Ctrl-C

@@ -155,6 +155,21 @@ class MixedBatches:
         return jpeg.compressed(grainy, quality=quality, subsampled=draw.chance(0.7)), clean
 
 
+class InTurn:
+    """Batches of several sources, one source a batch, chosen at random.
+
+    Args:
+        sources: The sources, all equally likely.
+    """
+
+    def __init__(self, sources: Sequence[BatchSource]) -> None:
+        self.sources = sources
+
+    def draw(self, count: int, generator: torch.Generator) -> Batch:
+        """Draw `count` samples of one source."""
+        return self.sources[Draw(generator).index(len(self.sources))].draw(count, generator)
+
+
 def cropped(picture: Tensor, side: int, draw: Draw) -> Tensor:
     """A random square (..., side, side) of a picture (..., H, W)."""
     top = draw.index(picture.shape[-2] - side + 1)

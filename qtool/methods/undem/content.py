@@ -173,7 +173,5 @@ def _vivid(draw: Draw, *, dark: bool) -> _Colour:
 
 
 def _between(first: _Colour, second: _Colour, share: float) -> _Colour:
-    red, green, blue = (
-        round(a + (b - a) * share) for a, b in zip(first, second, strict=True)
-    )
+    red, green, blue = (round(a + (b - a) * share) for a, b in zip(first, second, strict=True))
     return red, green, blue

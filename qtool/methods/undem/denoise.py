@@ -58,7 +58,7 @@ class Painter:
     def paint(self, moire: Tensor, clean: Tensor) -> Tensor:
         """Bands of moire crops on clean crops, both (B, 3, S, S): (B, 3, S, S) in 0..1."""
         device = next(self.encoder.parameters()).device
-        fakes = self.generator(self.encoder(moire.to(device)), clean.to(device))
+        fakes: Tensor = self.generator(self.encoder(moire.to(device)), clean.to(device))
         return fakes.clamp(0, 1).to(clean.device)
 
 

@@ -13,7 +13,8 @@ LUMA = (0.299, 0.587, 0.114)
 
 def to_linear(encoded: Tensor) -> Tensor:
     """Undo the sRGB curve: 0..1 to 0..1."""
-    return torch.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
+    curved: Tensor = ((encoded + 0.055) / 1.055) ** 2.4
+    return torch.where(encoded <= 0.04045, encoded / 12.92, curved)
 
 
 def to_srgb(linear: Tensor) -> Tensor:

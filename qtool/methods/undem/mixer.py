@@ -80,7 +80,7 @@ def flat_patterns(photo: Tensor, *, size: int, most: int = 8) -> list[Tensor]:
         taken.append((row, column))
         top, left = row * stride, column * stride
         part = slice(top, top + size), slice(left, left + size)
-        found.append((photo[:, part[0], part[1]] / base[:, part[0], part[1]].clamp_min(0.05)))
+        found.append(photo[:, part[0], part[1]] / base[:, part[0], part[1]].clamp_min(0.05))
     return found
 
 

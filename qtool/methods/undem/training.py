@@ -109,9 +109,7 @@ class RestorationTrainer:
         # Early on the average must not remember the untrained weights.
         decay = min(self.config.average, (1 + self.step_index) / (10 + self.step_index))
         with torch.no_grad():
-            for kept, new in zip(
-                self.average.parameters(), self.network.parameters(), strict=True
-            ):
+            for kept, new in zip(self.average.parameters(), self.network.parameters(), strict=True):
                 kept.lerp_(new, 1 - decay)
 
     def state(self) -> dict[str, Tensor]:
