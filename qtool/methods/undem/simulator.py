@@ -10,8 +10,6 @@ References: Liu, Shu and Wu 2018 (arXiv 1804.03809); Yuan et al. 2019 (LCDMoire)
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -70,12 +68,6 @@ def simulate(
     if capture.quality:
         photo = jpeg.compressed(photo, quality=capture.quality, subsampled=capture.subsampled)
     return photo, target
-
-
-def flat_on(capture: Capture) -> Capture:
-    """The same photograph taken straight on through a lens without distortion."""
-    straight = replace(capture.pose, yaw=0.0, pitch=0.0, roll=0.0, distortion=0.0)
-    return replace(capture, pose=straight)
 
 
 def _screen_light(picture: Tensor, gamma: float) -> Tensor:
