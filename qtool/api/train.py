@@ -34,6 +34,7 @@ BUNDLED, NONE = "bundled", "none"
 HELD_OUT = 10
 """One of so many pictures is kept for measuring."""
 
+_WIDTHS = {"bandgate": ("width",), "esdnet_s": ("encoder_width", "decoder_width")}
 _HELD_OUT_SAMPLES = 64
 _TRIAL_STEPS = 3
 _SAVE_SECONDS = 60.0
@@ -127,22 +128,20 @@ def _check_output(settings: TrainDemoireSettings) -> bool:
 
 def _network(settings: TrainDemoireSettings) -> tuple[str, dict[str, Any], nn.Module]:
     """The network to start from, with its name and arguments."""
-    wanted = {
-        key: value
-        for key, value in (
-            ("encoder_width", settings.width),
-            ("decoder_width", settings.width),
-            ("growth", settings.growth),
-        )
-        if value is not None
-    }
+    wanted: dict[str, Any] = {}
+    if settings.width is not None:
+        if settings.model not in _WIDTHS:
+            raise UsageError(
+                f"{settings.model} has no free width", remedy=f"choose {' or '.join(_WIDTHS)}"
+            )
+        wanted = dict.fromkeys(_WIDTHS[settings.model], settings.width)
     if settings.init == NONE:
         arguments = {**demoire.find(settings.model).arguments, **wanted}
         return settings.model, arguments, demoire.build(settings.model, arguments)
     if wanted:
         raise UsageError(
-            "--width and --growth are fixed by the weights to start from",
-            remedy="leave them out, or start from --init none",
+            "--width is fixed by the weights to start from",
+            remedy="leave it out, or start from --init none",
         )
     bundled = settings.init == BUNDLED
     path = demoire_weights.bundled_path() if bundled else Path(settings.init)

@@ -30,7 +30,6 @@ def demoire(
         DemoireTraining | None, option(TrainDemoireSettings, "model", "--model", "-m")
     ] = None,
     width: Annotated[int | None, option(TrainDemoireSettings, "width", "--width")] = None,
-    growth: Annotated[int | None, option(TrainDemoireSettings, "growth", "--growth")] = None,
     init: Annotated[
         str | None, option(TrainDemoireSettings, "init", "--init", metavar="bundled|none|FILE")
     ] = None,

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from qtool.errors import UsageError
 from qtool.settings.base import WriterSettings
 
-DemoireTraining = Literal["esdnet_s", "esdnet", "esdnet_l", "mbcnn"]
+DemoireTraining = Literal["bandgate", "esdnet_s", "esdnet", "esdnet_l", "mbcnn"]
 
 
 class TrainDemoireSettings(WriterSettings):
@@ -28,12 +28,12 @@ class TrainDemoireSettings(WriterSettings):
         default=None,
         description="Moire generator from `synthesize moire`, to paint pairs while training.",
     )
-    model: DemoireTraining = Field(default="esdnet_s", description="Network to train.")
+    model: DemoireTraining = Field(default="bandgate", description="Network to train.")
     width: int | None = Field(
-        default=None, ge=8, le=256, description="Channels of esdnet_s, in place of its own."
-    )
-    growth: int | None = Field(
-        default=None, ge=4, le=64, description="Growth of the dense blocks of esdnet_s."
+        default=None,
+        ge=8,
+        le=256,
+        description="Channels of bandgate or esdnet_s, in place of theirs.",
     )
     init: str = Field(
         default="bundled",
