@@ -14,7 +14,15 @@ from PIL import Image
 from qtool.cli.app import main
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ["synthesize images", "quantize", "eval", "models", "info"]
+COMMANDS = [
+    "synthesize images",
+    "synthesize moire",
+    "train demoire",
+    "quantize",
+    "eval",
+    "models",
+    "info",
+]
 KEYS = ["schema", "command", "status", "items", "summary"]
 
 
@@ -92,6 +100,10 @@ def test_a_wrong_flag_is_one_json_object(qtool, command):
         ("quantize demo_vit --synthetic nowhere", "nowhere"),
         ("eval demo_vit --data nowhere", "nowhere"),
         ("quantize demo_vit", "--data-free"),
+        ("synthesize moire -o d", "--simulate"),
+        ("synthesize moire --moire nowhere --clean nowhere -o d", "nowhere"),
+        ("train demoire nowhere --init none -o w", "nowhere"),
+        ("train demoire -o w", "--moire"),
     ],
 )
 def test_wrong_requests_exit_2(qtool, line, said):

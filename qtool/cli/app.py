@@ -53,13 +53,15 @@ app = typer.Typer(
 )
 _synthesis = typer.Typer(
     help="\b\nqtool synthesize images demo_vit -o pictures/\n"
-    "qtool synthesize images vit_b -o pictures/ --count 64\n\n"
+    "qtool synthesize images vit_b -o pictures/ --count 64\n"
+    "qtool synthesize moire --simulate --clean photos/ -o pairs/\n\n"
     "Make training or calibration pictures.",
     short_help="Make training or calibration pictures.",
     invoke_without_command=True,
 )
 _training = typer.Typer(
-    help="\b\nqtool train demoire --moire screen/ --clean photos/ -o mine.safetensors\n\n"
+    help="\b\nqtool train demoire --moire screen/ --clean photos/ -o mine.safetensors\n"
+    "qtool train demoire pairs/ --init none -o new.safetensors\n\n"
     "Train networks on your own pictures.",
     short_help="Train networks on your own pictures.",
     invoke_without_command=True,

@@ -114,8 +114,8 @@ def register(app: typer.Typer) -> None:
         summary="Make pairs of pictures with and without moire, to train a demoire network on.",
         examples=(
             "qtool synthesize moire --simulate --clean photos/ -o pairs/ --count 500",
-            "qtool synthesize moire --moire screen/ --clean photos/ -o pairs/ --steps 20000",
-            "qtool synthesize moire --moire screen/ --clean photos/ -o more/ --generator g",
+            "qtool synthesize moire --moire screen/ --clean photos/ -o pairs/",
+            "qtool synthesize moire --moire screen/ --clean photos/ -o p/ --groups 1",
         ),
         details="Without --simulate, a network learns to paint the moire of your photographs onto "
         "clean pictures of anything else. That takes hours without a GPU.",

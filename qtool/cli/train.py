@@ -70,9 +70,9 @@ def register(app: typer.Typer) -> None:
         settings=TrainDemoireSettings,
         summary="Train a demoire network on pairs, or on photographs of your own screen.",
         examples=(
-            "qtool train demoire --moire screen/ --clean photos/ -o mine.safetensors --budget 60",
+            "qtool train demoire --moire a/ --clean b/ -o mine.safetensors --budget 60",
             "qtool train demoire pairs/ --init none -o new.safetensors",
-            "qtool train demoire pairs/ --moire screen/ --clean photos/ -o mine.safetensors",
+            "qtool train demoire pairs/ --moire a/ --clean b/ -o mine.safetensors",
         ),
         details="Photographs with moire and pictures without it need not show the same things. A "
         "tenth of everything is held out to measure on. The weights with the best result there "

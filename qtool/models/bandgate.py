@@ -24,6 +24,7 @@ _TO_OPPONENT = (
 )
 _ORIENTATIONS = 3
 _CLOSED = -4.0
+_SLOPE = 0.2
 _LOUD = 8.0
 
 
@@ -123,5 +124,5 @@ class _Look(nn.Module):
         self.second = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.first(x))
-        return x + F.relu(self.second(x))
+        x = F.leaky_relu(self.first(x), _SLOPE)
+        return x + F.leaky_relu(self.second(x), _SLOPE)

@@ -35,6 +35,9 @@ class TrainingConfig:
         warmup: Steps until then.
         average: Decay of the running average of the weights.
         edge_weight: Weight of the edge loss.
+        harmless: Loss of a sample below which it counts little how much lower it is. The logarithm
+            of loss plus this is minimised: a clean picture that is spoilt a little then weighs as
+            much as strong moire that is left standing.
         clip: Largest norm of the gradient.
         seed: Of the batches.
         bfloat16: Whether the network runs in bfloat16.
@@ -46,6 +49,7 @@ class TrainingConfig:
     warmup: int = 50
     average: float = 0.995
     edge_weight: float = EDGE_WEIGHT
+    harmless: float = 0.005
     clip: float = 1.0
     seed: int = 0
     bfloat16: bool = False
@@ -85,7 +89,11 @@ class RestorationTrainer:
         )
 
     def step(self) -> float | None:
-        """Take one step; returns its loss, or None when no sample of the batch was kept."""
+        """Take one step.
+
+        Returns:
+            Mean loss of the samples that were kept, or None when there was none.
+        """
         config = self.config
         rate = rate_at(self.step_index, steps=config.steps, warmup=config.warmup)
         self.optimizer.param_groups[0]["lr"] = config.learning_rate * rate
@@ -98,7 +106,8 @@ class RestorationTrainer:
         losses = restoration_loss(
             [output.float() for output in outputs], clean, edge_weight=config.edge_weight
         )
-        loss = mean_of_kept(losses, batch.kept.to(self.device))
+        kept = batch.kept.to(self.device)
+        loss = mean_of_kept((losses + config.harmless).log(), kept)
         if loss is None:
             return None
         self.optimizer.zero_grad(set_to_none=True)
@@ -106,7 +115,7 @@ class RestorationTrainer:
         nn.utils.clip_grad_norm_(self.network.parameters(), config.clip)
         self.optimizer.step()
         self._update_average()
-        return float(loss.detach())
+        return float((losses.detach() * kept).sum() / kept.sum())
 
     def _update_average(self) -> None:
         # Early on the average must not remember the untrained weights.
