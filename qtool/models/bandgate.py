@@ -23,8 +23,9 @@ _TO_OPPONENT = (
     (0.5, -0.418688, -0.081312),
 )
 _ORIENTATIONS = 3
-_CLOSED = -4.0
+_CLOSED = -2.0
 _SLOPE = 0.2
+_SMALL = 1e-4
 _LOUD = 8.0
 
 
@@ -116,7 +117,7 @@ class BandGate(nn.Module):
 
 
 class _Look(nn.Module):
-    """Two convolutions with a residual connection between them."""
+    """Two convolutions with a residual connection, to features of unit size at every place."""
 
     def __init__(self, inputs: int, width: int) -> None:
         super().__init__()
@@ -125,4 +126,6 @@ class _Look(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.leaky_relu(self.first(x), _SLOPE)
-        return x + F.leaky_relu(self.second(x), _SLOPE)
+        x = x + F.leaky_relu(self.second(x), _SLOPE)
+        # Without this, features grow from octave to octave and gates stick at their ends.
+        return x * (x.square().mean(1, keepdim=True) + _SMALL).rsqrt()
