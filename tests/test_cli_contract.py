@@ -14,7 +14,16 @@ from PIL import Image
 from qtool.cli.app import main
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ["synthesize images", "quantize", "demoire", "eval", "models", "info"]
+COMMANDS = [
+    "synthesize images",
+    "synthesize moire",
+    "train demoire",
+    "quantize",
+    "eval",
+    "demoire",
+    "models",
+    "info",
+]
 KEYS = ["schema", "command", "status", "items", "summary"]
 
 
@@ -96,6 +105,10 @@ def test_a_wrong_flag_is_one_json_object(qtool, command):
         ("demoire -o out", "no photographs"),
         ("demoire . -o out --tile 8", "--tile"),
         ("demoire . -o out --max-memory much", "--max-memory"),
+        ("synthesize moire -o d", "--simulate"),
+        ("synthesize moire --moire nowhere --clean nowhere -o d", "nowhere"),
+        ("train demoire nowhere --init none -o w", "nowhere"),
+        ("train demoire -o w", "--moire"),
     ],
 )
 def test_wrong_requests_exit_2(qtool, line, said):

@@ -69,7 +69,7 @@ def test_every_option_of_every_command_completes(complete, words, command):
 
 def test_commands_complete(complete):
     assert complete("qu") == ["quantize"]
-    assert complete("synthesize ") == ["images"]
+    assert complete("synthesize ") == ["images", "moire"]
 
 
 @pytest.mark.parametrize("words", ["quantize", "synthesize images", "eval", "eval --baseline"])

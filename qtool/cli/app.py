@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from qtool.cli import demoire, evaluate, models, quantize, synthesize
+from qtool.cli import demoire, evaluate, models, quantize, synthesize, train
 from qtool.cli.console import (
     Look,
     failure,
@@ -54,9 +54,17 @@ app = typer.Typer(
 )
 _synthesis = typer.Typer(
     help="\b\nqtool synthesize images demo_vit -o pictures/\n"
-    "qtool synthesize images vit_b -o pictures/ --count 64\n\n"
+    "qtool synthesize images vit_b -o pictures/ --count 64\n"
+    "qtool synthesize moire --simulate --clean photos/ -o pairs/\n\n"
     "Make training or calibration pictures.",
     short_help="Make training or calibration pictures.",
+    invoke_without_command=True,
+)
+_training = typer.Typer(
+    help="\b\nqtool train demoire --moire screen/ --clean photos/ -o mine.safetensors\n"
+    "qtool train demoire pairs/ --init none -o new.safetensors\n\n"
+    "Train networks on your own pictures.",
+    short_help="Train networks on your own pictures.",
     invoke_without_command=True,
 )
 
@@ -79,6 +87,7 @@ def _root(
 
 
 @_synthesis.callback()
+@_training.callback()
 def _help_if_alone(ctx: typer.Context) -> None:
     if ctx.invoked_subcommand is None:
         ctx.get_help()
@@ -87,6 +96,8 @@ def _help_if_alone(ctx: typer.Context) -> None:
 
 synthesize.register(_synthesis)
 app.add_typer(_synthesis, name="synthesize")
+train.register(_training)
+app.add_typer(_training, name="train")
 quantize.register(app)
 demoire.register(app)
 evaluate.register(app)
@@ -126,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(words: list[str], look: Look) -> int:
     if os.environ.get("_QTOOL_COMPLETE", "").startswith("source_"):
         return _print_completion()
-    if not words or {"-h", "--help"} & set(words) or words == ["synthesize"]:
+    if not words or {"-h", "--help"} & set(words) or words in (["synthesize"], ["train"]):
         _colour_help(look)
     code = get_command(app).main(args=words, prog_name="qtool", standalone_mode=False)
     if code == 130:  # typer has swallowed Ctrl-C

@@ -7,16 +7,20 @@ import pytest
 import typer.core
 from typer.main import get_command
 
-from qtool.cli import evaluate, models, quantize, synthesize
+from qtool.cli import evaluate, models, quantize, synthesize, train
 from qtool.cli.app import app
 from qtool.settings.base import WriterSettings
 from qtool.settings.evaluate import EvaluateSettings
 from qtool.settings.models import InfoSettings, ModelsSettings
+from qtool.settings.moire import MoireSettings
 from qtool.settings.quantize import QuantizeSettings
 from qtool.settings.synthesize import SynthesizeSettings
+from qtool.settings.train import TrainDemoireSettings
 
 COMMANDS = {
     "synthesize images": SynthesizeSettings,
+    "synthesize moire": MoireSettings,
+    "train demoire": TrainDemoireSettings,
     "quantize": QuantizeSettings,
     "eval": EvaluateSettings,
     "models": ModelsSettings,
@@ -61,7 +65,9 @@ def test_the_table_names_every_command():
         inner = command.commands if isinstance(command, typer.core.TyperGroup) else {}
         names += [f"{name} {word}" for word in inner] or [name]
     assert sorted(names) == sorted(COMMANDS)
-    assert all(hasattr(room, "register") for room in (evaluate, models, quantize, synthesize))
+    assert all(
+        hasattr(room, "register") for room in (evaluate, models, quantize, synthesize, train)
+    )
 
 
 @pytest.mark.parametrize(("words", "settings"), COMMANDS.items())
@@ -108,7 +114,7 @@ def test_examples_are_true(qtool_run, words):
         assert (ran.code, ran.err) == (0, "")
 
 
-@pytest.mark.parametrize("words", ["", "synthesize"])
+@pytest.mark.parametrize("words", ["", "synthesize", "train"])
 def test_group_examples_are_true(qtool_run, words):
     examples = re.findall(r"^qtool .*$", command_of(words).help, re.MULTILINE)
     assert 2 <= len(examples) <= 3
