@@ -42,6 +42,10 @@ class BandGate(nn.Module):
 
     residual = True
 
+    to_opponent: Tensor
+    from_opponent: Tensor
+    taps: Tensor
+
     def __init__(self, *, octaves: int = 5, width: int = 32) -> None:
         super().__init__()
         self.octaves = octaves
@@ -61,7 +65,7 @@ class BandGate(nn.Module):
     @property
     def size_multiple(self) -> int:
         """What height and width must be multiples of: one halving per octave."""
-        return 2**self.octaves
+        return int(2**self.octaves)
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
         """Turn bands down; see the class for shapes."""

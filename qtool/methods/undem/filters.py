@@ -26,7 +26,8 @@ def to_srgb(linear: Tensor) -> Tensor:
 def luma(picture: Tensor) -> Tensor:
     """Brightness (..., 1, H, W) of encoded colours (..., 3, H, W)."""
     red, green, blue = picture.split(1, dim=-3)
-    return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
+    bright: Tensor = LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
+    return bright
 
 
 def gaussian_blur(picture: Tensor, sigma: float) -> Tensor:
