@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from qtool.api.demoire.run import demoire
     from qtool.api.evaluate import evaluate
     from qtool.api.load import load
     from qtool.api.moire import synthesize_moire
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from qtool.api.synthesize import synthesize_images
     from qtool.api.train import train_demoire
     from qtool.errors import QtoolError
+    from qtool.settings.demoire import DemoireSettings
     from qtool.settings.evaluate import EvaluateSettings
     from qtool.settings.moire import MoireSettings
     from qtool.settings.quantize import QuantizeSettings
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "DemoireSettings",
     "EvaluateSettings",
     "MoireSettings",
     "QtoolError",
@@ -32,6 +35,7 @@ __all__ = [
     "SynthesizeSettings",
     "TrainDemoireSettings",
     "__version__",
+    "demoire",
     "evaluate",
     "load",
     "quantize",
@@ -41,12 +45,14 @@ __all__ = [
 ]
 
 _HOME = {
+    "DemoireSettings": "qtool.settings.demoire",
     "EvaluateSettings": "qtool.settings.evaluate",
     "MoireSettings": "qtool.settings.moire",
     "QtoolError": "qtool.errors",
     "QuantizeSettings": "qtool.settings.quantize",
     "SynthesizeSettings": "qtool.settings.synthesize",
     "TrainDemoireSettings": "qtool.settings.train",
+    "demoire": "qtool.api.demoire.run",
     "evaluate": "qtool.api.evaluate",
     "load": "qtool.api.load",
     "quantize": "qtool.api.quantize",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -50,6 +51,14 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def photo_files() -> ModuleType:
+    """What makes photographs with awkward traits."""
+    from tests import photo_files as made
+
+    return made
+
+
 @pytest.fixture(autouse=True)
 def _own_environment(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
@@ -73,6 +82,53 @@ def build_model() -> Callable[..., nn.Module]:
             return build(architecture, model_args, device="cpu").eval()
 
     return build_seeded
+
+
+@pytest.fixture
+def trained_norms() -> Callable[[nn.Module], nn.Module]:
+    """Give BatchNorms the statistics, gains and shifts of a network that has seen something."""
+
+    def train(model: nn.Module) -> nn.Module:
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for module in model.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.running_mean.normal_(0.0, 0.2, generator=generator)
+                    module.running_var.uniform_(0.5, 1.5, generator=generator)
+                    module.weight.uniform_(0.5, 1.5, generator=generator)
+                    module.bias.normal_(0.0, 0.2, generator=generator)
+        return model
+
+    return train
+
+
+CONVOLUTIONAL = {
+    "resnet": ("test_resnet", {"num_classes": 10}),
+    "mobilenet": ("test_efficientnet", {"num_classes": 10, "act_layer": "relu6"}),
+    "convnext": (
+        "convnext_tiny",
+        {"num_classes": 10, "depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]},
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def convolutional_families() -> dict[str, tuple[str, dict[str, object]]]:
+    """Architecture and arguments of a small network of each convolutional family."""
+    return CONVOLUTIONAL
+
+
+@pytest.fixture
+def build_convolutional(
+    build_model: Callable[..., nn.Module], trained_norms: Callable[[nn.Module], nn.Module]
+) -> Callable[[str], nn.Module]:
+    """Build a small ResNet, MobileNet or ConvNeXt of 10 classes, as if it had been trained."""
+
+    def build_trained(family: str) -> nn.Module:
+        architecture, model_args = CONVOLUTIONAL[family]
+        return trained_norms(build_model(architecture, **model_args)).requires_grad_(False)
+
+    return build_trained
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ COMMANDS = [
     "synthesize moire",
     "train demoire",
     "quantize",
+    "demoire",
     "eval",
     "models",
     "info",
@@ -104,6 +105,10 @@ def test_a_wrong_flag_is_one_json_object(qtool, command):
         ("synthesize moire --moire nowhere --clean nowhere -o d", "nowhere"),
         ("train demoire nowhere --init none -o w", "nowhere"),
         ("train demoire -o w", "--moire"),
+        ("demoire nowhere -o out", "nowhere"),
+        ("demoire -o out", "no photographs"),
+        ("demoire . -o out --tile 8", "--tile"),
+        ("demoire . -o out --max-memory much", "--max-memory"),
     ],
 )
 def test_wrong_requests_exit_2(qtool, line, said):
@@ -229,7 +234,8 @@ TORCH_FREE = """
 import sys
 from qtool.cli.app import main
 for words in [["--help"], ["--version"], ["synthesize", "images", "-h"], ["quantize", "-h"],
-              ["eval", "-h"], ["models", "-h"], ["info", "-h"], ["quantize", "--bits", "x", "m"],
+              ["eval", "-h"], ["demoire", "-h"], ["models", "-h"], ["info", "-h"],
+              ["quantize", "--bits", "x", "m"],
               ["quantize", "m", "--data-free", "--dump-config"]]:
     main(words)
 import os

@@ -14,8 +14,12 @@ from qtool.api.runtime import notice, read_picture
 from qtool.api.synthesize import TENSORS, ResumableSynthesis, read_tensor_file, synthesis_config
 from qtool.errors import CheckpointError, Progress, UsageError
 from qtool.io import folders
+from qtool.methods.spdfq.priors import Box, magnified
 from qtool.models import vision
 from qtool.settings.quantize import QuantizeSettings
+
+HELD_OUT = 64
+"""Most images kept aside to judge by."""
 
 
 @dataclass
@@ -27,12 +31,17 @@ class Calibration:
         method: How they were made, for the checkpoint's provenance.
         summary: What is worth saying about them.
         work: Synthesis whose state may be forgotten once the checkpoint is written.
+        priors: Per attention site, the maps synthesized images were aligned to.
+        held_out: Images nothing is calibrated on, (M, 3, H, W): other pictures of the folder, other
+            synthesized images, or else the blown-up patches of the synthesized ones.
     """
 
     pixels: Tensor
     method: str
     summary: dict[str, Any] = field(default_factory=dict)
     work: ResumableSynthesis | None = None
+    priors: dict[str, Tensor] = field(default_factory=dict)
+    held_out: Tensor | None = None
 
 
 def source(settings: QuantizeSettings) -> str:
@@ -73,11 +82,9 @@ def gather(
         QtoolError: A folder, file or picture is absent, damaged or of the wrong kind.
     """
     if settings.calib is not None:
-        pixels = _read_pictures(settings.calib, opened.data, settings.count, settings.seed)
-        return Calibration(pixels, "real images")
+        return _read_pictures(settings.calib, opened.data, settings.count, settings.seed)
     if settings.synthetic is not None:
-        pixels, method = _read_synthetic(settings.synthetic, opened, settings.count)
-        return Calibration(pixels, method)
+        return _read_synthetic(settings.synthetic, opened, settings.count)
     config = synthesis_config(
         method="spdfq",
         effort=settings.effort,
@@ -101,17 +108,25 @@ def gather(
             100 * agreement,
         )
     summary = {"synthesis_steps": config.steps, "image_agreement": round(agreement, 4)}
-    return Calibration(made.images, "spdfq", summary, work)
+    held_out = magnified(made.images, made.boxes[:HELD_OUT])
+    return Calibration(made.images, "spdfq", summary, work, made.priors, held_out)
 
 
-def _read_pictures(folder: Path, data: vision.DataConfig, count: int, seed: int) -> Tensor:
-    """Read up to `count` pictures of a folder, chosen by seed, as the model expects them."""
+def _read_pictures(folder: Path, data: vision.DataConfig, count: int, seed: int) -> Calibration:
+    """Read up to `count` pictures of a folder, chosen by seed, and some more to judge by."""
     paths = folders.find_images(folder)
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(paths), generator=generator)[:count].tolist()
-    if len(chosen) < count:
-        notice.warning("%s has only %d pictures", folder, len(chosen))
-    return torch.stack([read_picture(paths[index], data) for index in sorted(chosen)])
+    order = torch.randperm(len(paths), generator=generator).tolist()
+    if len(order) < count:
+        notice.warning("%s has only %d pictures", folder, len(order))
+
+    def read(chosen: list[int]) -> Tensor:
+        return torch.stack([read_picture(paths[index], data) for index in sorted(chosen)])
+
+    others = order[count : count + HELD_OUT]
+    return Calibration(
+        read(order[:count]), "real images", held_out=read(others) if others else None
+    )
 
 
 def _synthetic_file(folder: Path) -> Path:
@@ -125,7 +140,7 @@ def _synthetic_file(folder: Path) -> Path:
     return path
 
 
-def _read_synthetic(folder: Path, opened: vision.OpenedModel, count: int) -> tuple[Tensor, str]:
+def _read_synthetic(folder: Path, opened: vision.OpenedModel, count: int) -> Calibration:
     """Exact images of a folder that `qtool synthesize images` made."""
     path = _synthetic_file(folder)
     metadata, tensors = read_tensor_file(path)
@@ -149,4 +164,32 @@ def _read_synthetic(folder: Path, opened: vision.OpenedModel, count: int) -> tup
         ) from error
     if weights not in (None, opened.weights_sha256):
         notice.warning("%s was synthesized from other weights", folder)
-    return pixels[:count], method
+    boxes = [box for box in _boxes(tensors, pixels) if box.image < count]
+    others = pixels[count : count + HELD_OUT]
+    return Calibration(
+        pixels[:count],
+        method,
+        priors={
+            name.removeprefix("prior."): tensor
+            for name, tensor in tensors.items()
+            if name.startswith("prior.")
+        },
+        held_out=others if len(others) else magnified(pixels, boxes[:HELD_OUT]),
+    )
+
+
+def _boxes(tensors: dict[str, Tensor], pixels: Tensor) -> list[Box]:
+    """The patch boxes of a file of synthesized images, those that lie inside their image."""
+    rows = tensors.get("boxes")
+    if rows is None or rows.dtype != torch.int64 or rows.dim() != 2 or rows.shape[1] != 5:
+        return []
+    height, width = pixels.shape[-2:]
+    return [
+        box
+        for box in (Box(*row) for row in rows.tolist())
+        if 0 <= box.image < len(pixels)
+        and box.side > 0
+        and min(box.top, box.left) >= 0
+        and box.top + box.side <= height
+        and box.left + box.side <= width
+    ]

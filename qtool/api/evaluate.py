@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from qtool.api import latency
+from qtool.api import latency, restored
 from qtool.api.runtime import check_report, prepare, read_picture, write_report
 from qtool.api.target import Target, check_names, open_baseline, open_target
 from qtool.demo import pictures
@@ -87,6 +87,8 @@ def _check_data(settings: EvaluateSettings, *, drawable: bool) -> None:
 
 def plan(settings: EvaluateSettings) -> Result:
     """What `evaluate` would do; loads no weights."""
+    if settings.reference is not None:
+        return restored.plan(settings, settings.reference)
     _check_gates(settings)
     check_report(settings.report)
     architecture = check_names(settings)
@@ -140,6 +142,8 @@ def _drawn(data: vision.DataConfig, count: int, batch_size: int) -> Iterator[_Ba
 def evaluate(settings: EvaluateSettings, progress: Progress | None = None) -> Result:
     """Measure top-1 and top-5 of a model or checkpoint, the float model beside it.
 
+    With a folder of reference pictures, restored pictures are measured instead.
+
     Args:
         settings: What to measure, on what.
         progress: Told about every batch.
@@ -150,6 +154,8 @@ def evaluate(settings: EvaluateSettings, progress: Progress | None = None) -> Re
     Raises:
         QtoolError: One of its kinds, for wrong settings, damaged files or missing weights.
     """
+    if settings.reference is not None:
+        return restored.evaluate(settings, settings.reference, progress)
     _check_gates(settings)
     check_report(settings.report)
     device = prepare(settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -14,11 +15,22 @@ from qtool.quant.layers import QuantLinear
 from qtool.quant.plan import LayerPlan
 
 _IMAGES = 8
+_PRODUCTS = {"attention": "matmul", "linear": "linear", "conv": "conv2d"}
 
 
 def shown(error: float | None) -> str:
     """A relative squared error for people, in per cent."""
     return "" if error is None else f"{100 * error:.2f} %"
+
+
+def sqnr(error: float) -> float:
+    """Signal-to-quantization-noise ratio in decibels of a relative squared error."""
+    return -10.0 * math.log10(max(error, 1e-30))
+
+
+def costliest(losses: Mapping[str, float], count: int = 5) -> list[str]:
+    """The layers whose rounding is estimated to cost most, the worst first."""
+    return sorted(losses, key=lambda name: -losses[name])[:count]
 
 
 def _relative(found: Tensor, expected: Tensor) -> float:
@@ -33,7 +45,7 @@ def _outputs(model: nn.Module, names: Iterable[str], images: Tensor) -> dict[str
         for name in names:
 
             def keep(_: nn.Module, __: object, output: Tensor, name: str = name) -> None:
-                outputs[name] = output
+                outputs[name] = output.clone()  # activations may write over it
 
             handle = model.get_submodule(name).register_forward_hook(keep)
             stack.callback(handle.remove)
@@ -67,7 +79,7 @@ def backends(model: nn.Module, plans: Mapping[str, LayerPlan], images: Tensor) -
                 plan: LayerPlan = plan,
                 start: list[int] = start,
             ) -> None:
-                wanted = "matmul" if plan.kind == "attention" else "linear"
+                wanted = _PRODUCTS[plan.kind]
                 used = {
                     d.backend
                     for d in decisions[start.pop() :]
@@ -82,7 +94,12 @@ def backends(model: nn.Module, plans: Mapping[str, LayerPlan], images: Tensor) -
 
 
 def measure(
-    model: nn.Module, reference: nn.Module, plans: Mapping[str, LayerPlan], images: Tensor
+    model: nn.Module,
+    reference: nn.Module,
+    plans: Mapping[str, LayerPlan],
+    images: Tensor,
+    *,
+    losses: Mapping[str, float],
 ) -> list[dict[str, Any]]:
     """Compare every planned layer with its float original on the same images.
 
@@ -93,9 +110,11 @@ def measure(
         reference: The float model.
         plans: Its planned layers.
         images: (B, 3, H, W); up to eight are used.
+        losses: What each layer's rounding alone is estimated to cost.
 
     Returns:
-        One record per layer: bits, backend, relative squared error of weights and output.
+        One record per layer: bits, backend, relative squared error of weights and output, its SQNR
+        in decibels, estimated cost.
     """
     sample = images[:_IMAGES]
     found = _outputs(model, plans, sample)
@@ -109,6 +128,7 @@ def measure(
             original = reference.get_submodule(name).weight
             if isinstance(original, Tensor):
                 weight_error = _relative(layer.dequantized_weight(), original.detach().flatten(1))
+        error = _relative(found[name], expected[name])
         bits = (
             f"w{plan.weight_bits}a{plan.input_bits}" if plan.weight_bits else f"a{plan.input_bits}"
         )
@@ -119,7 +139,9 @@ def measure(
                 "bits": bits,
                 "backend": used.get(name, ""),
                 "weight_error": weight_error,
-                "output_error": _relative(found[name], expected[name]),
+                "output_error": error,
+                "output_sqnr_db": round(sqnr(error), 2),
+                "estimated_cost": losses[name],
             }
         )
     return records

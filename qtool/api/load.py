@@ -12,7 +12,8 @@ from qtool.errors import CheckpointError, UsageError
 from qtool.io import checkpoint
 from qtool.models import vision
 from qtool.quant.attention import ATTENTION_CLASSES
-from qtool.quant.layers import IntegerProducts, QuantConv2d, QuantLinear
+from qtool.quant.convolution import without_norm
+from qtool.quant.layers import Geometry, IntegerProducts, QuantConv2d, QuantLinear
 from qtool.quant.plan import replace_module
 
 
@@ -56,6 +57,8 @@ def restore(header: checkpoint.Header, tensors: dict[str, Tensor], *, origin: st
         kinds = {site.name: site.kind for site in vision.layout(model).attentions}
         for name, layer in header.layers.items():
             replace_module(model, name, _module(model, name, layer, tensors, kinds))
+            if norm := str(layer.options.get("norm") or ""):
+                replace_module(model, norm, without_norm(model.get_submodule(norm)))
         model.load_state_dict(tensors, strict=True, assign=True)
         _fill_derived_buffers(model, header)
     except (UsageError, RuntimeError, AttributeError, KeyError, TypeError, ValueError) as error:
@@ -103,7 +106,7 @@ def _module(
     expected = tuple(source.get_parameter("weight").shape)
     if shape != expected:
         raise ValueError(f"{name} has weights of shape {shape}, not {expected}")
-    return kind(
+    module = kind(
         shape,
         weight_bits=layer.weight_bits or 0,
         input_bits=layer.input_bits or 0,
@@ -111,6 +114,11 @@ def _module(
         table=layer.options.get("quantizer") == "table",
         device="meta",
     )
+    if isinstance(module, QuantConv2d):
+        if not isinstance(source, nn.Conv2d):
+            raise TypeError(f"{name} is no convolution")
+        module.geometry = Geometry.of(source)
+    return module
 
 
 def _fill_derived_buffers(model: nn.Module, header: checkpoint.Header) -> None:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qtool import __version__
-from qtool.api import calibration, layer_report
+from qtool.api import calibration, layer_report, precision
+from qtool.api.attention_sheet import attention_png
 from qtool.api.load import restore
 from qtool.api.runtime import bfloat16_is_faster, check_report, prepare, write_report
 from qtool.api.synthesize import STEPS, denormalised, sheet_png
@@ -26,7 +27,8 @@ from qtool.methods.spdfq.reconstruction import (
     simulate,
 )
 from qtool.models import registry, vision
-from qtool.quant.plan import LayerPlan, plan_layers, weight_parameters
+from qtool.quant.convolution import fold_norms
+from qtool.quant.plan import LayerPlan, weight_parameters
 from qtool.report import Picture, Result, Table
 from qtool.settings.quantize import QuantizeSettings
 
@@ -38,6 +40,7 @@ DROP = {"paper": 0.0, "strong": 0.5}
 """Share of activations that a training step leaves unrounded, per recipe."""
 
 _BATCH = 32
+_ATTENTION_TITLE = "Where the last block looks, beside the priors its images were aligned to"
 
 
 def _outputs(settings: QuantizeSettings) -> bool:
@@ -96,18 +99,15 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
         settings.model, weights=settings.weights, offline=settings.offline, device=device
     )
     layout = vision.layout(opened.model)
-    plans = plan_layers(
-        opened.model,
-        attentions=[site.name for site in layout.attentions],
-        bits=settings.bit_spec,
-        keep=settings.kept,
-        skip=settings.skip,
-        quantizer="table" if settings.recipe == "strong" else "uniform",
-    )
+    precision.uniform_plans(settings, opened)  # refuses wrong rules before any work
     made = calibration.gather(settings, opened, batch_size=_BATCH, progress=progress)
     pixels = made.pixels.to(device)
     synthesized = time.monotonic()
 
+    chosen = precision.choose(settings, opened, pixels, progress=progress)
+    plans = chosen.plans
+    float_bytes = sum(p.numel() * 4 for p in opened.model.parameters())
+    fold_norms(opened.model, [(name, plan.norm) for name, plan in plans.items() if plan.norm])
     model = simulate(copy.deepcopy(opened.model), plans, layout.attentions)
     float_weights = weight_parameters(opened.model, plans)
     units = reconstruct(
@@ -129,7 +129,7 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
         simulated = model(sample)
     freeze(model)
     reconstructed = time.monotonic()
-    layers = layer_report.measure(model, opened.model, plans, sample)
+    layers = layer_report.measure(model, opened.model, plans, sample, losses=chosen.losses)
 
     verified: dict[str, float] = {}
 
@@ -153,9 +153,10 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
         "count": len(pixels),
         "output": str(settings.output),
         "bytes": settings.output.stat().st_size,
-        "float_bytes": sum(p.numel() * 4 for p in opened.model.parameters()),
+        "float_bytes": float_bytes,
         "quantized_weights": float_weights,
         **made.summary,
+        **chosen.summary,
         "seconds": {
             "calibration_images": round(synthesized - started, 1),
             "reconstruction": round(reconstructed - synthesized, 1),
@@ -164,10 +165,12 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
     }
     if verified:
         summary["verify"] = verified
-    with torch.no_grad():
-        float_choice = opened.model(sample).argmax(dim=1)
-    agreed = (float_choice == simulated.argmax(dim=1)).float().mean()
-    summary["calibration_agreement"] = round(float(agreed), 4)
+    summary["calibration_agreement"] = _agreement(opened.model, model, sample)
+    if made.held_out is not None and len(made.held_out):
+        summary["held_out"] = len(made.held_out)
+        summary["held_out_agreement"] = _agreement(opened.model, model, made.held_out.to(device))
+    summary["costliest_layers"] = layer_report.costliest(chosen.losses)
+    attention = attention_png(opened, pixels, made.priors)
     result = Result(
         "quantize",
         items=layers,
@@ -175,12 +178,23 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
         tables=_tables(summary, layers, units),
         pictures=(
             Picture("Calibration images", sheet_png(denormalised(pixels.cpu(), opened.data))),
+            *([Picture(_ATTENTION_TITLE, attention)] if attention else []),
         ),
     )
     write_report(settings.report, result)
     if made.work is not None:
         made.work.forget()
     return result
+
+
+@torch.no_grad()
+def _agreement(reference: nn.Module, model: nn.Module, images: Tensor) -> float:
+    """Share of images for which two models choose the same class."""
+    same = [
+        reference(batch).argmax(dim=1) == model(batch).argmax(dim=1)
+        for batch in images.split(_BATCH)
+    ]
+    return round(float(torch.cat(same).float().mean()), 4)
 
 
 def _header(
@@ -288,7 +302,14 @@ def _tables(
         ("file", summary["output"]),
         ("size", size),
         ("calibration", f"{summary['count']} images, {summary['calibration']}"),
+        *([("mean bits", f"{summary['mean_bits']:.2f}")] if "mean_bits" in summary else []),
         ("agreement with float on them", f"{summary['calibration_agreement']:.1%}"),
+        *(
+            [(f"on {summary['held_out']} others", f"{summary['held_out_agreement']:.1%}")]
+            if "held_out" in summary
+            else []
+        ),
+        ("costliest layers", ", ".join(summary["costliest_layers"])),
         ("time", f"{summary['seconds']['total']:.0f} s"),
     ]
     if "verify" in summary:
@@ -298,7 +319,7 @@ def _tables(
         Table("Quantized", ("what", "value"), facts),
         Table(
             "Layers",
-            ("layer", "bits", "backend", "weight error", "output error"),
+            ("layer", "bits", "backend", "weight error", "output error", "SQNR (dB)", "cost"),
             [
                 (
                     layer["layer"],
@@ -306,6 +327,8 @@ def _tables(
                     layer["backend"],
                     layer_report.shown(layer["weight_error"]),
                     layer_report.shown(layer["output_error"]),
+                    layer["output_sqnr_db"],
+                    layer["estimated_cost"],
                 )
                 for layer in layers
             ],

@@ -52,8 +52,18 @@ def synthesis_config(
     learning_rate: float | None = None,
     classes: tuple[int, ...] = (),
 ) -> SynthesisConfig:
-    """Turn an effort and its overrides into settings of the method."""
-    windows = any(site.kind == "windows" for site in vision.layout(model).attentions)
+    """Turn an effort and its overrides into settings of the method.
+
+    Raises:
+        UsageError: The model has nothing that the method needs.
+    """
+    sites = vision.layout(model).attentions
+    if method == "psaq" and not sites:
+        raise UsageError(
+            f"psaq compares patch tokens, and {type(model).__name__} has none",
+            remedy="take --method spdfq",
+        )
+    windows = any(site.kind == "windows" for site in sites)
     return SynthesisConfig(
         method=method,
         steps=steps or STEPS[effort],
@@ -174,10 +184,11 @@ def denormalised(pixels: Tensor, data: vision.DataConfig) -> Tensor:
     return (pixels * std + mean).clamp(0.0, 1.0)
 
 
-def sheet_png(visible: Tensor, *, captions: Sequence[str] = ()) -> bytes:
+def sheet_png(visible: Tensor, *, captions: Sequence[str] = (), columns: int = 8) -> bytes:
     """A contact sheet of pictures (N, 3, H, W) in 0..1, as PNG bytes."""
     buffer = io.BytesIO()
-    images.contact_sheet(list(visible), captions=captions).save(buffer, format="PNG")
+    page = images.contact_sheet(list(visible), captions=captions, columns=columns)
+    page.save(buffer, format="PNG")
     return buffer.getvalue()
 
 

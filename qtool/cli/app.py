@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from qtool.cli import evaluate, models, quantize, synthesize, train
+from qtool.cli import demoire, evaluate, models, quantize, synthesize, train
 from qtool.cli.console import (
     Look,
     failure,
@@ -33,6 +33,7 @@ _EXAMPLES = (
     "\b\n"
     "qtool quantize demo_vit --bits w4a4 --data-free\n"
     "qtool eval demo_vit-w4a4.safetensors --baseline demo_vit\n"
+    "qtool demoire photos/ --out clean/\n"
     "qtool models"
 )
 _EXIT_CODES = """Exit codes
@@ -98,6 +99,7 @@ app.add_typer(_synthesis, name="synthesize")
 train.register(_training)
 app.add_typer(_training, name="train")
 quantize.register(app)
+demoire.register(app)
 evaluate.register(app)
 models.register(app)
 

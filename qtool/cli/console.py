@@ -107,6 +107,15 @@ def write_text(text: str, stream: TextIO) -> None:
         abandon(stream)
 
 
+def write_bytes(content: bytes, stream: TextIO) -> None:
+    """Write bytes to a text stream's own file and flush, quietly if nobody reads."""
+    try:
+        stream.buffer.write(content)
+        stream.buffer.flush()
+    except BrokenPipeError:
+        abandon(stream)
+
+
 def show_error(message: str, remedy: str, look: Look) -> None:
     """One line of cause and one line of remedy on stderr."""
     color = wants_color(look.color, sys.stderr)
@@ -127,7 +136,8 @@ def show_result(result: Result, look: Look) -> None:
         for table in result.tables:
             out.print(_table(table))
         if not result.tables:
-            paths = (item.get("output", item.get("path")) for item in result.items)
+            items = (item for item in result.items if item.get("status") != "failed")
+            paths = (item.get("output", item.get("path")) for item in items)
             write_text("".join(f"{one_line(str(path))}\n" for path in paths if path), sys.stdout)
         facts = [fact for fact in result.facts if fact[0] not in _SAID_ELSEWHERE]
         width = max((len(name) for name, _ in facts), default=0)

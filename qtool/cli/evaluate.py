@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
 from qtool.cli.options import OUTPUT, add_command, argument, complete_models, option
 from qtool.cli.session import session
-from qtool.settings.evaluate import EvaluateSettings
+from qtool.settings.evaluate import EvaluateSettings, FidelityMetric, FidelityProtocol
+
+_RESTORED = "Restored pictures"
+
+
+def _complete_metrics(incomplete: str) -> list[str]:
+    return [name for name in get_args(FidelityMetric) if name.startswith(incomplete)]
 
 
 def evaluate(
@@ -27,6 +33,25 @@ def evaluate(
             "--baseline",
             metavar="TARGET",
             complete=complete_models,
+        ),
+    ] = None,
+    reference: Annotated[
+        Path | None,
+        option(EvaluateSettings, "reference", "--reference", panel=_RESTORED, metavar="DIR"),
+    ] = None,
+    protocol: Annotated[
+        FidelityProtocol | None,
+        option(EvaluateSettings, "protocol", "--protocol", panel=_RESTORED),
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        option(
+            EvaluateSettings,
+            "metric",
+            "--metric",
+            panel=_RESTORED,
+            metavar="METRIC",
+            complete=_complete_metrics,
         ),
     ] = None,
     weights: Annotated[
@@ -63,10 +88,11 @@ def register(app: typer.Typer) -> None:
         evaluate,
         name="eval",
         settings=EvaluateSettings,
-        summary="Measure accuracy and latency of a model or a checkpoint.",
+        summary="Measure accuracy and latency of a model, or how good restored pictures are.",
         examples=(
             "qtool eval demo_vit-w4a4.safetensors --baseline demo_vit",
             "qtool eval vit_b-w4a4.safetensors --data imagenet/val --report report.html",
             "qtool eval demo_vit --latency --min top1=90",
+            "qtool eval clean/ --reference targets/ --baseline photos/ --protocol uhdm",
         ),
     )

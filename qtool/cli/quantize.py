@@ -10,7 +10,7 @@ import typer
 from qtool.cli.options import OUTPUT, add_command, argument, complete_bits, complete_models, option
 from qtool.cli.session import session
 from qtool.settings.base import Effort
-from qtool.settings.quantize import QuantizeSettings, Recipe
+from qtool.settings.quantize import Budget, QuantizeSettings, Recipe
 
 _PICTURES = "Calibration pictures (choose one source)"
 
@@ -23,8 +23,9 @@ def quantize(
     ] = None,
     bits: Annotated[
         str | None,
-        option(QuantizeSettings, "bits", "--bits", "-b", metavar="wNaN", complete=complete_bits),
+        option(QuantizeSettings, "bits", "--bits", "-b", metavar="BITS", complete=complete_bits),
     ] = None,
+    budget: Annotated[Budget | None, option(QuantizeSettings, "budget", "--budget")] = None,
     recipe: Annotated[Recipe | None, option(QuantizeSettings, "recipe", "--recipe")] = None,
     effort: Annotated[Effort | None, option(QuantizeSettings, "effort", "--effort")] = None,
     steps: Annotated[int | None, option(QuantizeSettings, "steps", "--steps")] = None,

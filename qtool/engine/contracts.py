@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from qtool.engine import dispatch
+from qtool.engine.geometry import output_size
 from qtool.engine.packing import MAX_BITS, MIN_BITS, packed_width
 from qtool.errors import UsageError
 
 MAX_TERMS = 16384  # so many products of 8-bit codes fit int32 at every step, zero points included
-
 
 TABLE_LENGTH = 256
 """Entries of a table of levels, one for every 8-bit code."""
@@ -128,20 +128,53 @@ def _linear(
         raise UsageError(f"x has {x.shape[-1]} features, the weight has {in_features}")
     _check_activation("x_scale", x_scale, torch.float32, x)
     _check_activation("x_zero", x_zero, torch.int32, x)
-    _check_bits("weight_bits", weight_bits)
-    if weight.dtype == torch.int8:
-        _check_tensor("weight", weight, torch.int8, x)
-        if weight.dim() != 2 or weight.shape[1] != in_features:
-            raise UsageError(f"the int8 weight has shape {_words(weight)}, not (N, {in_features})")
-    else:
-        _check_tensor("weight", weight, torch.uint8, x)
-        _check_packed("weight", weight, weight_bits, in_features)
-    channels = weight.shape[0]
-    _check_channels("weight_scale", weight_scale, torch.float32, channels, x)
-    _check_channels("weight_zero", weight_zero, torch.int32, channels, x)
-    if bias is not None:
-        _check_channels("bias", bias, torch.float32, channels, x)
+    channels = _check_weight(
+        x, weight, weight_scale, weight_zero, bias, weight_bits=weight_bits, in_features=in_features
+    )
     return Result((*x.shape[:-1], channels), torch.float32, _limit(in_features))
+
+
+def _conv2d(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero: Tensor,
+    bias: Tensor | None,
+    weight_bits: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Result:
+    _check_tensor("x", x, torch.uint8, x)
+    if x.dim() != 4 or x.shape[1] == 0:
+        raise UsageError(f"x has shape {_words(x)}, not (B, C, H, W)")
+    _check_one("x_scale", x_scale, torch.float32, x)
+    _check_one("x_zero", x_zero, torch.int32, x)
+    _check_pair("kernel", kernel, 1)
+    _check_pair("stride", stride, 1)
+    _check_pair("padding", padding, 0)
+    _check_pair("dilation", dilation, 1)
+    if groups < 1 or x.shape[1] % groups or weight.shape[0] % groups:
+        raise UsageError(
+            f"{groups} groups do not divide {x.shape[1]} input and {weight.shape[0]} output"
+            " channels alike"
+        )
+    terms = x.shape[1] // groups * kernel[0] * kernel[1]
+    channels = _check_weight(
+        x, weight, weight_scale, weight_zero, bias, weight_bits=weight_bits, in_features=terms
+    )
+    height, width = output_size(
+        x.shape[2:], kernel=kernel, stride=stride, padding=padding, dilation=dilation
+    )
+    if height < 1 or width < 1:
+        raise UsageError(
+            f"x has shape {_words(x)}, smaller than a kernel of {tuple(kernel)} can cover"
+        )
+    return Result((x.shape[0], channels, height, width), torch.float32, _limit(terms))
 
 
 def _matmul(
@@ -183,6 +216,12 @@ _OPERATIONS: dict[str, tuple[str, Callable[..., Result]]] = {
         "(Tensor x, Tensor x_scale, Tensor x_zero, Tensor weight, Tensor weight_scale,"
         " Tensor weight_zero, Tensor? bias, int weight_bits, int in_features) -> Tensor",
         _linear,
+    ),
+    "conv2d": (
+        "(Tensor x, Tensor x_scale, Tensor x_zero, Tensor weight, Tensor weight_scale,"
+        " Tensor weight_zero, Tensor? bias, int weight_bits, int[] kernel, int[] stride,"
+        " int[] padding, int[] dilation, int groups) -> Tensor",
+        _conv2d,
     ),
     "matmul": (
         "(Tensor a, Tensor a_scale, Tensor a_zero, Tensor b, Tensor b_scale, Tensor b_zero)"
@@ -243,6 +282,38 @@ def _check_channels(
     _check_tensor(name, tensor, dtype, x)
     if tensor.shape != (channels,):
         raise UsageError(f"{name} has shape {_words(tensor)}, not ({channels},)")
+
+
+def _check_pair(name: str, pair: Sequence[int], least: int) -> None:
+    if len(pair) != 2 or min(pair) < least:
+        raise UsageError(f"{name} is {list(pair)}, not two numbers of {least} or more")
+
+
+def _check_weight(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero: Tensor,
+    bias: Tensor | None,
+    *,
+    weight_bits: int,
+    in_features: int,
+) -> int:
+    """Checks packed or prepared weights with their parameters; returns the output channels."""
+    _check_bits("weight_bits", weight_bits)
+    if weight.dtype == torch.int8:
+        _check_tensor("weight", weight, torch.int8, x)
+        if weight.dim() != 2 or weight.shape[1] != in_features:
+            raise UsageError(f"the int8 weight has shape {_words(weight)}, not (N, {in_features})")
+    else:
+        _check_tensor("weight", weight, torch.uint8, x)
+        _check_packed("weight", weight, weight_bits, in_features)
+    channels = weight.shape[0]
+    _check_channels("weight_scale", weight_scale, torch.float32, channels, x)
+    _check_channels("weight_zero", weight_zero, torch.int32, channels, x)
+    if bias is not None:
+        _check_channels("bias", bias, torch.float32, channels, x)
+    return channels
 
 
 def _check_packed(name: str, packed: Tensor, bits: int, in_features: int) -> None:

@@ -7,6 +7,8 @@ zero point) * scale. A parameter of activations is per tensor (one element) or p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from qtool.engine import contracts
 from qtool.engine.packing import packed_width
 
 __all__ = [
+    "conv2d",
     "linear",
     "matmul",
     "matmul_log2",
@@ -194,6 +197,69 @@ def linear(
     """
     result: Tensor = torch.ops.qtool.linear(
         x, x_scale, x_zero, weight, weight_scale, weight_zero, bias, weight_bits, in_features
+    )
+    return result
+
+
+def conv2d(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero: Tensor,
+    bias: Tensor | None = None,
+    *,
+    weight_bits: int,
+    kernel: Sequence[int],
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """Convolution of codes: exact integer sum, then `sum * (x_scale * weight_scale) + bias`.
+
+    Padding stands for the value 0, that is for the code `x_zero`, so it adds nothing to a sum. The
+    float operations round in the order of `linear`. The dimensions of kernel, stride, padding and
+    dilation are height and width.
+
+    Args:
+        x: uint8 codes `(B, C, H, W)`.
+        x_scale: float32, one element.
+        x_zero: int32, one element.
+        weight: Rows of K = C / groups * kernel area codes in the order of torch's weights: packed
+            uint8 `(N, packed_width(weight_bits, K))`, or int8 `(N, K)` from `prepare_weight`.
+        weight_scale: float32 `(N,)`.
+        weight_zero: int32 `(N,)`; refers to the unsigned codes in both forms of the weight.
+        bias: float32 `(N,)`, or None.
+        weight_bits: Width of a weight code, 2 to 8.
+        kernel: Size of the kernel.
+        stride: Distance between two places of the kernel.
+        padding: Rows and columns of zeros on either side.
+        dilation: Distance between two points of the kernel.
+        groups: Blocks of channels that do not mix; C of them are a depthwise convolution.
+
+    Returns:
+        float32 `(B, N, H', W')`.
+
+    Raises:
+        UsageError: An argument has the wrong type, shape, value or device.
+        BackendError: The backend asked for cannot run this.
+    """
+    result: Tensor = torch.ops.qtool.conv2d(
+        x,
+        x_scale,
+        x_zero,
+        weight,
+        weight_scale,
+        weight_zero,
+        bias,
+        weight_bits,
+        kernel,
+        stride,
+        padding,
+        dilation,
+        groups,
     )
     return result
 

@@ -7,9 +7,12 @@ checked.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from qtool.engine.geometry import output_size
 from qtool.engine.packing import packed_width, planes
 
 SQRT_HALF = 0.70710678  # rounds to the float32 next to the square root of 1/2
@@ -76,13 +79,44 @@ def linear(
     in_features: int,
 ) -> Tensor:
     """Integer linear layer; see `qtool.engine.ops.linear`."""
-    if weight.dtype == torch.int8:
-        codes = weight.double() + 2 ** (weight_bits - 1)
-    else:
-        codes = unpack_codes(weight, weight_bits, in_features).double()
-    sums = (x.double() - _broadcast(x_zero)) @ (codes - weight_zero.unsqueeze(1)).T
+    levels = _weight_levels(weight, weight_zero, weight_bits, in_features)
+    sums = (x.double() - _broadcast(x_zero)) @ levels.T
     y: Tensor = sums.float() * (_broadcast(x_scale) * weight_scale)
     return y if bias is None else y + bias
+
+
+def conv2d(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero: Tensor,
+    bias: Tensor | None,
+    weight_bits: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Integer convolution; see `qtool.engine.ops.conv2d`."""
+    terms = x.shape[1] // groups * kernel[0] * kernel[1]
+    levels = _weight_levels(weight, weight_zero, weight_bits, terms)
+    columns = torch.nn.functional.unfold(
+        x.double() - _broadcast(x_zero),
+        kernel_size=tuple(kernel),
+        dilation=tuple(dilation),
+        padding=tuple(padding),
+        stride=tuple(stride),
+    )
+    sums = levels.unflatten(0, (groups, -1)) @ columns.unflatten(1, (groups, terms))
+    size = output_size(
+        x.shape[2:], kernel=kernel, stride=stride, padding=padding, dilation=dilation
+    )
+    scale = (_broadcast(x_scale) * weight_scale).view(-1, 1, 1)
+    y: Tensor = sums.flatten(1, 2).float().unflatten(2, size) * scale
+    return y if bias is None else y + bias.view(-1, 1, 1)
 
 
 def matmul(
@@ -101,6 +135,18 @@ def matmul_log2(
     weights = torch.exp2(-p.double()).masked_fill(means_zero, 0)
     sums = weights @ (v.double() - _broadcast(v_zero))
     return sums.float() * (_broadcast(p_scale) * _broadcast(v_scale))
+
+
+def _weight_levels(
+    weight: Tensor, weight_zero: Tensor, weight_bits: int, in_features: int
+) -> Tensor:
+    """Weight codes less their zero points, (N, K) in float64, from packed or prepared rows."""
+    if weight.dtype == torch.int8:
+        codes = weight.double() + 2 ** (weight_bits - 1)
+    else:
+        codes = unpack_codes(weight, weight_bits, in_features).double()
+    levels: Tensor = codes - weight_zero.unsqueeze(1)
+    return levels
 
 
 def _broadcast(parameter: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def _plain_json(value: object) -> object:
 
 JsonObject = Annotated[dict[str, Any], BeforeValidator(_plain_json)]
 Bits = Annotated[int, Field(ge=2, le=8)]
-BitsName = Annotated[str, Field(pattern=r"^w[2-8]a([2-8]|16|32)$")]
+BitsName = Annotated[str, Field(pattern=r"^(w[2-8]a([2-8]|16|32)|mixed:[2-8](\.\d{1,6})?)$")]
 LayerName = Annotated[str, Field(pattern=r"^\w+(\.\w+)*$", max_length=300)]
 
 

@@ -51,7 +51,7 @@ def load_rgb(path: Path) -> Image.Image:
         ImageError: The file is absent, no picture, damaged, animated or above 300 megapixels.
     """
     try:
-        with _unlimited_pixels():
+        with unlimited_pixels():
             image = Image.open(path)
     except FileNotFoundError as error:
         raise ImageError(f"{path} does not exist", remedy="check the path") from error
@@ -193,7 +193,7 @@ def contact_sheet(
 
 
 @contextmanager
-def _unlimited_pixels() -> Iterator[None]:
+def unlimited_pixels() -> Iterator[None]:
     """Lift Pillow's own limit, a global of 179 megapixels, while a file's header is read."""
     with _pixel_limit:
         before = Image.MAX_IMAGE_PIXELS

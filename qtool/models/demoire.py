@@ -29,6 +29,7 @@ class DemoireSpec:
         residual: Whether it predicts what to add to its input.
         scales: For each output, in order, by how much it is smaller than the input.
         parameters: Number of parameters in millions.
+        bytes_per_pixel: Memory that a pixel of input takes at the peak, float32 on the CPU.
         paper: Where it was published.
         bundled: File name below `assets/`, or "" when the user brings the weights.
     """
@@ -40,6 +41,7 @@ class DemoireSpec:
     residual: bool
     scales: tuple[int, ...]
     parameters: float
+    bytes_per_pixel: int
     paper: str
     bundled: str = ""
 
@@ -81,6 +83,7 @@ NETWORKS: tuple[DemoireSpec, ...] = (
         residual=True,
         scales=_FINE_FIRST,
         parameters=1.44,
+        bytes_per_pixel=220,
         paper=f"{_ESDNET} (building blocks)",
     ),
     DemoireSpec(
@@ -90,6 +93,7 @@ NETWORKS: tuple[DemoireSpec, ...] = (
         residual=False,
         scales=_FINE_FIRST,
         parameters=5.93,
+        bytes_per_pixel=1200,
         paper=_ESDNET,
     ),
     DemoireSpec(
@@ -100,6 +104,7 @@ NETWORKS: tuple[DemoireSpec, ...] = (
         residual=False,
         scales=_FINE_FIRST,
         parameters=10.62,
+        bytes_per_pixel=1200,
         paper=_ESDNET,
     ),
     DemoireSpec(
@@ -109,6 +114,7 @@ NETWORKS: tuple[DemoireSpec, ...] = (
         residual=False,
         scales=(4, 2, 1),
         parameters=14.19,
+        bytes_per_pixel=1400,
         paper="Zheng et al. 2020, arXiv:2004.00406",
     ),
 )

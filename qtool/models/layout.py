@@ -1,4 +1,4 @@
-"""Where attention happens in a vision transformer, and in which units it can be rebuilt.
+"""Where attention happens in a classifier, and in which units it can be rebuilt.
 
 Models are told apart by the names of timm's classes: many of its networks have the same parts but
 another arithmetic between them, such as relative positions in BEiT or cosines in Swin v2.
@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeGuard
 from torch import nn
 
 from qtool.errors import UsageError
+from qtool.models import convolutional
 
 _ATTENTION_PARTS = ("qkv", "proj", "attn_drop", "fused_attn", "num_heads")
 _EXTRAS = ("backbone", "attn_pool", "gate")
@@ -41,28 +42,30 @@ class AttentionSite:
 
 @dataclass(frozen=True)
 class Layout:
-    """The parts of a vision transformer, in forward order.
+    """The parts of a classifier, in forward order.
 
     Attributes:
-        attentions: Every softmax attention.
-        units: Paths of the modules that are rebuilt one after another: patch embedding, blocks,
+        attentions: Every softmax attention; none in a convolutional network.
+        units: Paths of the modules that are rebuilt one after another: first convolution, blocks,
             down-sampling steps, heads.
         class_token: Whether the prediction is read from a class token.
         prefix_tokens: Tokens before the patch tokens: class, distillation and register tokens.
-        grid: Height and width of the patch grid after the patch embedding.
+        grid: Height and width of the patch grid after the patch embedding; (0, 0) without one.
         norms: Pairs of a LayerNorm and the only linear layer that reads its output.
+        batch_norms: Pairs of a convolution and the BatchNorm that alone reads its output.
     """
 
     attentions: tuple[AttentionSite, ...]
     units: tuple[str, ...]
-    class_token: bool
-    prefix_tokens: int
-    grid: tuple[int, int]
+    class_token: bool = False
+    prefix_tokens: int = 0
+    grid: tuple[int, int] = (0, 0)
     norms: tuple[tuple[str, str], ...] = ()
+    batch_norms: tuple[tuple[str, str], ...] = ()
 
 
 def layout(model: nn.Module) -> Layout:
-    """Describe a timm ViT, DeiT (distilled or not), ViT with average pooling, or Swin.
+    """Describe a timm ViT, DeiT, Swin, ConvNeXt, ResNet, MobileNetV2 or EfficientNet.
 
     Args:
         model: A model built by timm.
@@ -71,7 +74,7 @@ def layout(model: nn.Module) -> Layout:
         Its attentions and units in forward order.
 
     Raises:
-        UsageError: The model has no attention of a kind known here.
+        UsageError: The model is of no kind known here.
     """
     classes = {base.__name__ for base in type(model).__mro__}
     found = None
@@ -79,10 +82,14 @@ def layout(model: nn.Module) -> Layout:
         found = _tokens(model)
     elif "SwinTransformer" in classes:
         found = _windows(model)
+    elif (parts := convolutional.parts(model)) is not None:
+        found = Layout(
+            attentions=(), units=parts.units, norms=parts.norms, batch_norms=parts.batch_norms
+        )
     if found is None:
         raise UsageError(
-            f"{type(model).__name__} has no softmax attention that qtool knows",
-            remedy="use a ViT, DeiT or Swin (see `qtool models`)",
+            f"{type(model).__name__} has parts between its layers that qtool does not know",
+            remedy="use a ViT, DeiT, Swin, ConvNeXt, ResNet or MobileNetV2 (see `qtool models`)",
         )
     return found
 

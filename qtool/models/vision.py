@@ -6,6 +6,7 @@ This is the only file that imports timm or torchvision. Weights always come thro
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,8 +147,9 @@ def open_model(
     """Open a classifier with its weights.
 
     Args:
-        name: Alias, timm name with or without tag, path of a .safetensors file, `hf-hub:OWNER/NAME`
-            or `local-dir:FOLDER`.
+        name: Alias or timm name with or without tag, either with arguments of timm's builder behind
+            it (`mobilenetv2,act_layer=relu`), path of a .safetensors file, `hf-hub:OWNER/NAME` or
+            `local-dir:FOLDER`.
         weights: "pretrained" for the weights that belong to the name, or a file of weights.
         offline: Take weights from disk only; no socket is opened.
         device: Where the model goes.
@@ -208,16 +210,38 @@ def _plan(name: str, weights: Path | None) -> _Plan:
         return _plan_folder(Path(name.partition(":")[2]), weights, name)
     if name.endswith(".safetensors"):
         return _plan_file(Path(name), weights)
+    name, arguments = _split_arguments(name)
     spec = registry.find(name)
     if spec is not None and spec.bundled:
         path = weights or sources.bundled(spec.bundled)
-        plan = _plan_metadata(path, spec.architecture)
+        plan = _plan_metadata(path, spec.architecture, arguments)
         plan.source = str(weights) if weights else f"bundled {spec.bundled}"
         return plan
     architecture = spec.architecture if spec is not None else _timm_name(name)
     if weights is not None:
-        return _plan_metadata(weights, architecture)
-    return _Plan(architecture, {}, None, f"hf-hub:{_repository(architecture)}")
+        return _plan_metadata(weights, architecture, arguments)
+    return _Plan(architecture, arguments, None, f"hf-hub:{_repository(architecture)}")
+
+
+def _split_arguments(text: str) -> tuple[str, dict[str, Any]]:
+    """Read `NAME,KEY=VALUE,...`: a name and arguments of timm's builder, values as in JSON.
+
+    What is no JSON is taken as text, so that `act_layer=relu` needs no quotes.
+    """
+    name, *pairs = text.split(",")
+    arguments: dict[str, Any] = {}
+    for pair in pairs:
+        key, separator, value = (part.strip() for part in pair.partition("="))
+        if not separator or not key.isidentifier():
+            raise UsageError(
+                f"{pair!r} after the model's name is not KEY=VALUE",
+                remedy="for example mobilenetv2_100,act_layer=relu",
+            )
+        try:
+            arguments[key] = json.loads(value)
+        except ValueError:
+            arguments[key] = value
+    return name.strip(), arguments
 
 
 def _timm_name(name: str) -> str:
@@ -298,12 +322,16 @@ def _plan_file(path: Path, weights: Path | None) -> _Plan:
     return _plan_metadata(weights or path, architecture)
 
 
-def _plan_metadata(path: Path, architecture: str) -> _Plan:
-    """Plan a weights file whose metadata may hold `model_args` and `data` as JSON."""
+def _plan_metadata(path: Path, architecture: str, given: Mapping[str, Any] | None = None) -> _Plan:
+    """Plan a weights file whose metadata may hold `model_args` and `data` as JSON.
+
+    Arguments `given` by name go before those of the file.
+    """
     metadata = sources.read_metadata(path) if path.suffix == ".safetensors" else {}
     arguments = sources.read_json(metadata.get("model_args", "{}"), origin=f"model_args of {path}")
     if not arguments and architecture != "demo_vit":
         arguments = _classes_of(path, architecture)
+    arguments |= given or {}
     data = metadata.get("data")
     return _Plan(
         architecture,

@@ -63,6 +63,24 @@ class BitSpec:
         return f"w{self.weight}a{self.activation}"
 
 
+def parse_average(text: str) -> float | None:
+    """Read `mixed:AVG`, a mean width with bits chosen layer by layer; None if it is something else.
+
+    Raises:
+        UsageError: The mean is not between 2 and 8.
+    """
+    name, separator, number = text.strip().lower().partition(":")
+    if name != "mixed":
+        return None
+    average = float(number) if re.fullmatch(r"\d+(\.\d+)?", number, re.ASCII) else 0.0
+    if not separator or not WEIGHT_BITS[0] <= average <= WEIGHT_BITS[-1]:
+        raise UsageError(
+            f"{text!r} is not a mean bit-width",
+            remedy="write mixed: and a number from 2 to 8, for example mixed:4.0",
+        )
+    return average
+
+
 def parse_rule(text: str) -> tuple[str, BitSpec]:
     """Read `GLOB=BITS`, a bit-width for the layers whose names match; `head=8` means `head=w8a8`.
 

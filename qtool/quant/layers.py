@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,24 @@ OPERANDS = ("query", "key", "probability", "value")
 """The quantized operands of attention."""
 
 
-def to_patches(images: Tensor, patch: tuple[int, ...]) -> Tensor:
-    """Cut (B, C, H, W) into patches as a convolution sees them: (B, H / p * W / q, C * p * q)."""
-    batch, channels, height, width = images.shape
-    down, across = patch
-    grid = images.reshape(batch, channels, height // down, down, width // across, across)
-    return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+class Geometry(NamedTuple):
+    """Where a convolution looks, beside the kernel: pairs of height and width, and groups."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @classmethod
+    def of(cls, source: nn.Conv2d) -> Geometry:
+        """The geometry of a float convolution with zeros around its input."""
+        padding = (0, 0) if source.padding == "valid" else source.padding
+        return cls(_pair(source.stride), _pair(padding), _pair(source.dilation), source.groups)
+
+
+def _pair(size: object) -> tuple[int, int]:
+    height, width = cast(tuple[int, int], size)
+    return height, width
 
 
 def quantized(
@@ -152,15 +164,30 @@ class QuantLinear(nn.Module):
 
 
 class QuantConv2d(QuantLinear):
-    """A convolution over patches that do not overlap: (B, C, H, W) to (B, N, H / p, W / p)."""
+    """A convolution with packed low-bit weights: (B, C, H, W) to (B, N, H', W').
+
+    Its buffers are those of `QuantLinear`, with K = C / groups * kernel area.
+    """
+
+    geometry = Geometry()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Cut into patches, apply the linear layer, restore the grid."""
-        patch = self.shape[2:]
-        y: Tensor = super().forward(to_patches(x, patch))
-        grid = (x.shape[-2] // patch[0], x.shape[-1] // patch[1])
-        out: Tensor = y.transpose(1, 2).unflatten(2, grid)
-        return out
+        """Quantize `x`, convolve integers, apply scales and bias."""
+        codes = quantized(
+            x, self.input_scale, self.input_zero_point, self.input_table, bits=self.input_bits
+        )
+        return ops.conv2d(
+            codes,
+            self.input_scale,
+            self.input_zero_point,
+            self.resident_weight(),
+            self.weight_scale,
+            self.weight_zero_point,
+            self.bias,
+            weight_bits=self.weight_bits,
+            kernel=self.shape[2:],
+            **self.geometry._asdict(),
+        )
 
 
 class IntegerProducts(nn.Module):

@@ -28,11 +28,12 @@ class LayerPlan:
     """How one layer is quantized.
 
     Attributes:
-        kind: "linear", "conv" (a patch embedding) or "attention" (its two products).
+        kind: "linear", "conv" or "attention" (its two products).
         weight_bits: Bits of a weight code; 0 for attention, which has no weights of its own.
         input_bits: Bits of an activation code.
         quantizer: How activations are quantized: "uniform" or "table".
         probabilities: For attention, the quantizer after softmax: "log2", "uniform" or "table".
+        norm: For a convolution, the BatchNorm that is folded into it, "" for none.
     """
 
     kind: LayerKind
@@ -40,24 +41,21 @@ class LayerPlan:
     input_bits: int
     quantizer: Quantizer = "uniform"
     probabilities: str = ""
+    norm: str = ""
 
     def options(self) -> dict[str, str | int | float | bool | None]:
         """What a checkpoint records beside kind and bits, to make the layer again."""
         options: dict[str, str | int | float | bool | None] = {"quantizer": self.quantizer}
         if self.kind == "attention":
             options["probabilities"] = self.probabilities
+        if self.norm:
+            options["norm"] = self.norm
         return options
 
 
-def is_patch_convolution(module: nn.Module) -> bool:
-    """Tell whether a convolution cuts its input into patches that do not overlap."""
-    return (
-        isinstance(module, nn.Conv2d)
-        and module.kernel_size == module.stride
-        and module.padding in ((0, 0), "valid")
-        and module.dilation == (1, 1)
-        and module.groups == 1
-    )
+def is_convolution(module: nn.Module) -> bool:
+    """Tell whether a module convolves pictures with fixed zeros around them, and nothing else."""
+    return type(module) is nn.Conv2d and module.padding_mode == "zeros" and module.padding != "same"
 
 
 def plan_layers(
@@ -65,16 +63,18 @@ def plan_layers(
     *,
     attentions: Iterable[str],
     bits: BitSpec,
+    batch_norms: Mapping[str, str] | None = None,
     keep: Sequence[tuple[str, BitSpec]] = (),
     skip: Sequence[str] = (),
     quantizer: Quantizer = "uniform",
 ) -> dict[str, LayerPlan]:
-    """Decide the bits of every linear layer, patch embedding and attention product.
+    """Decide the bits of every linear layer, convolution and attention product.
 
     Args:
         model: The float model.
         attentions: Names of its attention modules.
         bits: Width for everything not named in `keep`.
+        batch_norms: BatchNorms that can be folded, by the convolution before them.
         keep: Pairs of glob and bits; the last match wins.
         skip: Globs of layers that stay in float.
         quantizer: How activations of fewer than 8 bits are quantized.
@@ -92,8 +92,10 @@ def plan_layers(
             names[name] = "attention"
         elif isinstance(module, nn.Linear):
             names[name] = "linear"
-        elif is_patch_convolution(module):
+        elif is_convolution(module):
             names[name] = "conv"
+    first = next((name for name, kind in names.items() if kind == "conv"), "")
+    norms = batch_norms or {}
     for glob in [*skip, *(glob for glob, _ in keep)]:
         if not any(fnmatchcase(name, glob) for name in names):
             raise UsageError(
@@ -101,7 +103,13 @@ def plan_layers(
                 remedy=f"layers are named like {', '.join(list(names)[:4])}",
             )
     plans = {
-        name: _layer_plan(kind, _bits_of(name, bits, keep), quantizer)
+        name: _layer_plan(
+            kind,
+            kept_bits(name, keep) or bits,
+            quantizer,
+            sees_picture=name == first,
+            norm=norms.get(name, ""),
+        )
         for name, kind in names.items()
         if not any(fnmatchcase(name, glob) for glob in skip)
     }
@@ -110,24 +118,23 @@ def plan_layers(
     return plans
 
 
-def _bits_of(name: str, bits: BitSpec, keep: Sequence[tuple[str, BitSpec]]) -> BitSpec:
-    for glob, kept in reversed(keep):
-        if fnmatchcase(name, glob):
-            return kept
-    return bits
+def kept_bits(name: str, keep: Sequence[tuple[str, BitSpec]]) -> BitSpec | None:
+    """The bits of the last rule that matches a layer, or None."""
+    return next((kept for glob, kept in reversed(keep) if fnmatchcase(name, glob)), None)
 
 
-def _layer_plan(kind: LayerKind, bits: BitSpec, quantizer: Quantizer) -> LayerPlan:
-    if kind == "conv":
-        return LayerPlan(kind, bits.weight, FIRST_INPUT_BITS)
-    if bits.activation >= GRID_BITS:
+def _layer_plan(
+    kind: LayerKind, bits: BitSpec, quantizer: Quantizer, *, sees_picture: bool, norm: str
+) -> LayerPlan:
+    width = FIRST_INPUT_BITS if sees_picture else bits.activation
+    if width >= GRID_BITS:
         quantizer = "uniform"
-    if kind == "linear":
-        return LayerPlan(kind, bits.weight, bits.activation, quantizer)
+    if kind != "attention":
+        return LayerPlan(kind, bits.weight, width, quantizer, norm=norm)
     if quantizer == "table":
-        return LayerPlan(kind, 0, bits.activation, quantizer, "table")
-    probabilities = "log2" if bits.activation <= LOG2_MAX_BITS else "uniform"
-    return LayerPlan(kind, 0, bits.activation, quantizer, probabilities)
+        return LayerPlan(kind, 0, width, quantizer, "table")
+    probabilities = "log2" if width <= LOG2_MAX_BITS else "uniform"
+    return LayerPlan(kind, 0, width, quantizer, probabilities)
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qtool.quant import quantizers, tables
-from qtool.quant.layers import IntegerProducts, QuantConv2d, QuantLinear, to_patches
+from qtool.quant.layers import IntegerProducts, QuantLinear
 from qtool.quant.plan import LayerPlan
 from qtool.quant.reparametrisation import fold_into_norm
 
@@ -53,17 +53,16 @@ class SimulatedLayer(nn.Module):
 
 
 class SimulatedLinear(SimulatedLayer):
-    """A linear layer, or a patch embedding seen as one, with fake quantization.
+    """A linear layer with fake quantization.
 
     Args:
-        source: The float layer; its weights are copied.
+        source: The float layer; its weights are copied, flattened to (N, K).
         plan: Its bits.
     """
 
     def __init__(self, source: nn.Linear | nn.Conv2d, plan: LayerPlan) -> None:
         super().__init__(plan)
         self.weight_shape = tuple(source.weight.shape)
-        self.patch = source.kernel_size if isinstance(source, nn.Conv2d) else None
         weight = source.weight.detach().flatten(1).clone()
         self.weight = nn.Parameter(weight)
         self.bias = None if source.bias is None else nn.Parameter(source.bias.detach().clone())
@@ -76,6 +75,7 @@ class SimulatedLinear(SimulatedLayer):
         self.register_buffer("input_table", table)
         self._choose_weight_range()
 
+    integer_kind: type[QuantLinear] = QuantLinear
     weight_scale: Tensor
     weight_zero_point: Tensor
     input_scale: Tensor
@@ -91,23 +91,26 @@ class SimulatedLinear(SimulatedLayer):
             bits=self.plan.weight_bits,
         )
 
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Multiply (..., K) by a weight (N, K)."""
+        return F.linear(x, weight)
+
+    def over_channels(self, parameter: Tensor) -> Tensor:
+        """Shape a parameter (N,) so that it meets the output channels of `product`."""
+        return parameter
+
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer: (..., K) to (..., N), or (B, C, H, W) to (B, N, H / p, W / p)."""
-        size = x.shape[-2:]
-        if self.patch is not None:
-            x = to_patches(x, self.patch)
+        """Apply the layer: (..., K) to (..., N)."""
         self.observe(input=x)
         if self.enabled:
             scale, zero, bits = self.input_scale, self.input_zero_point, self.plan.input_bits
             levels = quantizers.activation_levels(x, scale, zero, self.input_table, bits=bits)
             levels = self.dropped(x, scale, levels)
-            y = F.linear(levels, self.weight_levels()) * (self.input_scale * self.weight_scale)
-            y = y if self.bias is None else y + self.bias
+            y = self.product(levels, self.weight_levels())
+            y = y * self.over_channels(self.input_scale * self.weight_scale)
         else:
-            y = F.linear(x, self.weight, self.bias)
-        if self.patch is not None:
-            y = y.transpose(1, 2).unflatten(2, (size[0] // self.patch[0], size[1] // self.patch[1]))
-        return y
+            y = self.product(x, self.weight)
+        return y if self.bias is None else y + self.over_channels(self.bias)
 
     def absorb(self, norm: nn.LayerNorm) -> float:
         """Even the channel ranges of the LayerNorm that feeds this layer, from what was seen.
@@ -133,15 +136,25 @@ class SimulatedLinear(SimulatedLayer):
         self.weight_scale.copy_(scale)
         self.weight_zero_point.copy_(zero)
 
+    def search_range(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of uniform codes, by least squared error of the output."""
+        return quantizers.search_activation_range(
+            x, bits=self.plan.input_bits, weight=self.weight.detach()
+        )
+
+    def search_table(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scale, zero point and table, by least squared error weighted by what it costs."""
+        cost = self.weight.detach().square().sum(dim=0)
+        return tables.search_table(x, bits=self.plan.input_bits, channel_weights=cost)
+
     def calibrate(self) -> None:
-        """Choose the input's range by least squared error of the output."""
-        x, bits = self.seen["input"], self.plan.input_bits
+        """Choose the input's quantizer from what was seen."""
+        x = self.seen["input"]
         if self.input_table is not None:
-            cost = self.weight.detach().square().sum(dim=0)
-            scale, zero, table = tables.search_table(x, bits=bits, channel_weights=cost)
+            scale, zero, table = self.search_table(x)
             self.input_table.copy_(table)
         else:
-            scale, zero = quantizers.search_activation_range(x, bits=bits, weight=self.weight)
+            scale, zero = self.search_range(x)
         self.input_scale.copy_(scale)
         self.input_zero_point.copy_(zero)
         self.seen = {}
@@ -150,8 +163,7 @@ class SimulatedLinear(SimulatedLayer):
     def freeze(self) -> QuantLinear:
         """The integer layer with these weights and scales."""
         codes = (self.weight_levels() + self.weight_zero_point[:, None]).to(torch.uint8)
-        kind = QuantLinear if self.patch is None else QuantConv2d
-        layer = kind.empty(
+        layer = self.integer_kind.empty(
             self.weight_shape,
             weight_bits=self.plan.weight_bits,
             input_bits=self.plan.input_bits,

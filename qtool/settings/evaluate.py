@@ -4,25 +4,46 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from qtool.errors import UsageError
 from qtool.settings.base import CommonSettings, ReportPath
 
+FidelityProtocol = Literal["plain", "uhdm", "fhdmi", "tip2018", "lcdmoire"]
+FidelityMetric = Literal["psnr", "ssim", "psnr_aligned", "moire_luma", "moire_chroma", "do_no_harm"]
+
 
 class EvaluateSettings(CommonSettings):
-    """`qtool eval`: accuracy and latency of a model or checkpoint."""
+    """`qtool eval`: accuracy and latency of a model, or fidelity of restored pictures."""
 
-    target: str = Field(min_length=1, description="Checkpoint, or a model as `qtool models` lists.")
+    target: str = Field(
+        min_length=1,
+        description="Checkpoint, a model as `qtool models` lists, or with --reference a folder of "
+        "results.",
+    )
     data: Path | None = Field(
         default=None,
         description="Class folders, or pictures with a labels.csv; without it the drawn pictures "
         "that demo models know.",
     )
     baseline: str | None = Field(
-        default=None, min_length=1, description="Model or checkpoint to measure beside the target."
+        default=None,
+        min_length=1,
+        description="Model or checkpoint to measure beside the target; with --reference the "
+        "folder that the results were made from.",
+    )
+    reference: Path | None = Field(
+        default=None, description="Folder of the pictures that results should be like."
+    )
+    protocol: FidelityProtocol = Field(
+        default="plain", description="How PSNR and SSIM are computed, after the data set's name."
+    )
+    metric: tuple[FidelityMetric, ...] = Field(
+        default=(),
+        description="psnr, ssim, psnr_aligned, moire_luma, moire_chroma or do_no_harm; repeat for "
+        "more, otherwise all there is data for.",
     )
     weights: str = Field(
         default="pretrained", min_length=1, description="pretrained, or a weight file."
@@ -46,8 +67,15 @@ class EvaluateSettings(CommonSettings):
     )
 
     @model_validator(mode="after")
-    def _gates_can_be_read(self) -> Self:
+    def _rules(self) -> Self:
         _ = self.gates
+        if self.reference is None and self.metric:
+            raise UsageError("--metric needs --reference", remedy="name the folder of targets")
+        if "do_no_harm" in self.metric and self.baseline is None:
+            raise UsageError(
+                "do_no_harm compares results with what they were made from",
+                remedy="name that folder with --baseline",
+            )
         return self
 
     @property

@@ -9,13 +9,17 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
 from qtool.errors import UsageError
-from qtool.quant.bits import BitSpec, parse_rule
+from qtool.quant.bits import BitSpec, parse_average, parse_rule
 from qtool.settings.base import Effort, ReportPath, WriterSettings
 
+Budget = Literal["size", "macs"]
 Recipe = Literal["paper", "strong"]
 
 
 def _checked_bits(value: str) -> str:
+    average = parse_average(value)
+    if average is not None:
+        return f"mixed:{average:g}"
     spec = BitSpec.parse(value)
     if not spec.integer:
         raise UsageError(
@@ -29,10 +33,19 @@ class QuantizeSettings(WriterSettings):
     """`qtool quantize`: a model to one safetensors file of low-bit integers."""
 
     model: str = Field(
-        min_length=1, description="Model: an alias, a timm name, a .safetensors file, hf-hub:ID."
+        min_length=1,
+        description="Model: an alias, a timm name (NAME,KEY=VALUE adds arguments), a .safetensors "
+        "file, hf-hub:ID.",
     )
     bits: Annotated[str, AfterValidator(_checked_bits)] = Field(
-        default="w4a4", description="Bits of weights and activations, 2 to 8 each."
+        default="w4a4",
+        description="Bits of weights and activations, 2 to 8 each; mixed:AVG chooses them layer by "
+        "layer.",
+    )
+    budget: Budget = Field(
+        default="size",
+        description="What the mean of mixed:AVG is weighted with: size (weights) or macs "
+        "(multiply-adds).",
     )
     data_free: bool = Field(default=False, description="Synthesize the calibration pictures first.")
     calib: Path | None = Field(default=None, description="Folder of pictures to calibrate on.")
@@ -82,8 +95,16 @@ class QuantizeSettings(WriterSettings):
 
     @property
     def bit_spec(self) -> BitSpec:
-        """The bits of all layers without a rule of their own."""
-        return BitSpec.parse(self.bits)
+        """The bits of all layers without a rule of their own; of mixed ones, the mean."""
+        average = self.average_bits
+        if average is None:
+            return BitSpec.parse(self.bits)
+        return BitSpec(round(average), round(average))
+
+    @property
+    def average_bits(self) -> float | None:
+        """The mean width of mixed precision, or None where all layers get the same bits."""
+        return parse_average(self.bits)
 
     @property
     def kept(self) -> tuple[tuple[str, BitSpec], ...]:
@@ -97,4 +118,4 @@ class QuantizeSettings(WriterSettings):
             return self.out
         name = re.split("[/:]", self.model.rstrip("/"))[-1].removesuffix(".safetensors")
         safe = re.sub(r"[^\w.-]+", "-", name)
-        return Path(f"{safe}-{self.bits}.safetensors")
+        return Path(f"{safe}-{self.bits.replace(':', '')}.safetensors")

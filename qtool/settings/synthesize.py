@@ -19,7 +19,8 @@ class SynthesizeSettings(WriterSettings):
 
     model: str = Field(
         min_length=1,
-        description="Classifier: an alias, a timm name, a .safetensors file, hf-hub:ID.",
+        description="Classifier: an alias, a timm name (NAME,KEY=VALUE adds arguments), a "
+        ".safetensors file, hf-hub:ID.",
     )
     out: Path = Field(description="Folder for the pictures.")
     count: int = Field(default=32, ge=1, description="Number of pictures.")

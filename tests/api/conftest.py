@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from qtool.api import quantize as quantize_api
 from qtool.api import synthesize as synthesize_api
@@ -67,6 +68,28 @@ def save_weights(tmp_path: Path) -> Callable[..., str]:
         }
         path = tmp_path / f"{architecture}-{seed}.safetensors"
         save_file(state, path, metadata)
+        return str(path)
+
+    return save
+
+
+@pytest.fixture
+def convolutional(
+    tmp_path: Path,
+    build_convolutional: Callable[[str], nn.Module],
+    convolutional_families: dict[str, tuple[str, dict[str, object]]],
+) -> Callable[[str], str]:
+    """Write the weights of a small ResNet, MobileNet or ConvNeXt to a file."""
+
+    def save(family: str) -> str:
+        architecture, model_args = convolutional_families[family]
+        metadata = {
+            "architecture": architecture,
+            "model_args": json.dumps(model_args),
+            "data": json.dumps(DATA.to_dict()),
+        }
+        path = tmp_path / f"{family}.safetensors"
+        save_file(build_convolutional(family).state_dict(), path, metadata)
         return str(path)
 
     return save

@@ -81,3 +81,30 @@ def test_an_absent_source_is_refused_before_weights_are_loaded(quantize, monkeyp
     monkeypatch.setattr("qtool.models.vision.open_model", None)
     with pytest.raises(UsageError, match="does not exist"):
         quantize("deit_t", calib=Path("absent"), out=OUT)
+
+
+@pytest.mark.parametrize(("count", "held_out"), [(4, 2), (6, None)])
+def test_synthetic_pictures_are_judged_on_others_or_on_their_patches(
+    quantize, demo, count, held_out
+):
+    folder = synthesize(demo)
+    result = quantize(demo, synthetic=folder, count=count, out=OUT)
+    boxes = synthesize_api.read_tensor_file(folder / synthesize_api.TENSORS)[1]["boxes"]
+    assert result.summary["held_out"] == (held_out or len(boxes))
+    assert 0 <= result.summary["held_out_agreement"] <= 1
+    assert "Where the last block looks" in result.pictures[1].title
+
+
+def test_boxes_outside_their_image_are_not_read(quantize, demo):
+    folder = Path("pictures")
+    boxes = torch.tensor(
+        [[0, 0, 0, 40, 1], [7, 0, 0, 8, 1], [0, -1, 0, 8, 1], [0, 0, 0, 0, 1], [1, 8, 8, 16, 1]]
+    )
+    tensors = {"images": torch.randn(2, 3, 32, 32), "boxes": boxes}
+    write_container(folder / synthesize_api.TENSORS, {"qtool.synthetic": "{}"}, tensors)
+    assert quantize(demo, synthetic=folder, count=2, out=OUT).summary["held_out"] == 1
+
+
+def test_real_pictures_keep_others_aside(quantize, demo):
+    summary = quantize(demo, count=4, out=OUT).summary
+    assert (summary["count"], summary["held_out"]) == (4, 2)

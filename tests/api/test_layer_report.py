@@ -1,6 +1,7 @@
 """What quantization cost, layer by layer."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -16,6 +17,11 @@ from qtool.methods.spdfq.reconstruction import (
 from qtool.models import vision
 from qtool.quant.bits import BitSpec
 from qtool.quant.plan import plan_layers
+
+
+def measured(model, reference, plans, images):
+    losses = dict.fromkeys(plans, 0.5)
+    return layer_report.measure(model, reference, plans, images, losses=losses)
 
 
 @pytest.fixture
@@ -45,7 +51,7 @@ def test_every_layer_has_its_bits_backend_and_errors(request, quantized, images,
     reference = request.getfixturevalue(fixture)
     model, plans = quantized(reference, "w4a6", keep=[("*.fc1", BitSpec(8, 8))])
     with dispatch.use_backend("reference"):
-        records = layer_report.measure(model, reference, plans, images)
+        records = measured(model, reference, plans, images)
     assert [record["layer"] for record in records] == list(plans)
     for record in records:
         plan = plans[record["layer"]]
@@ -55,6 +61,10 @@ def test_every_layer_has_its_bits_backend_and_errors(request, quantized, images,
         assert record["bits"] == expected
         assert record["backend"] == "reference"
         assert 0 < record["output_error"] < 0.2
+        assert record["output_sqnr_db"] == pytest.approx(
+            -10 * math.log10(record["output_error"]), abs=0.01
+        )
+        assert record["estimated_cost"] == 0.5
         assert (record["weight_error"] is None) == attention
     errors = {record["layer"]: record["weight_error"] for record in records}
     assert all(
@@ -68,7 +78,7 @@ def test_fewer_bits_cost_more(quantized, images, tiny_vit):
     costs = []
     for bits in ("w8a8", "w4a4", "w2a2"):
         model, plans = quantized(tiny_vit, bits)
-        records = layer_report.measure(model, tiny_vit, plans, images)
+        records = measured(model, tiny_vit, plans, images)
         costs.append(sum(record["output_error"] for record in records))
     assert costs == sorted(costs)
 
@@ -85,3 +95,8 @@ def test_backends_are_those_that_multiply(quantized, images, tiny_vit):
 def test_errors_are_shown_in_per_cent():
     assert layer_report.shown(0.01234) == "1.23 %"
     assert layer_report.shown(None) == ""
+
+
+def test_the_costliest_layers_come_first():
+    losses = {"a": 0.1, "b": 3.0, "c": 0.2}
+    assert layer_report.costliest(losses, 2) == ["b", "c"]

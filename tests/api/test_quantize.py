@@ -21,6 +21,7 @@ from qtool.io import checkpoint
 from qtool.io.cache import sha256_file
 from qtool.methods.spdfq import batch as batches
 from qtool.models import vision
+from qtool.quant.layers import QuantConv2d
 from qtool.settings.quantize import QuantizeSettings
 from qtool.settings.synthesize import SynthesizeSettings
 
@@ -85,6 +86,27 @@ def test_the_file_computes_what_calibration_computed(quantize, swin, bits):
     assert checked["max_abs_difference"] < 1e-3
 
 
+@pytest.mark.parametrize("budget", ["size", "macs"])
+def test_mixed_bits_keep_their_mean_and_the_users_rules(quantize, demo, budget):
+    result = quantize(demo, out=OUT, bits="mixed:3.5", budget=budget, keep=("head=w8a4",))
+    summary = result.summary
+    assert 3.0 < summary["mean_bits"] <= 3.5
+    assert len(summary["layers_per_width"]) > 1
+    assert summary["verify"]["max_abs_difference"] == 0.0
+    header = checkpoint.read_header(OUT)
+    assert header.active_bits == "mixed:3.5"
+    assert (header.layers["head"].weight_bits, header.layers["head"].input_bits) == (8, 4)
+    assert {item["layer"]: item["bits"] for item in result.items}["head"] == "w8a4"
+    if budget == "size":
+        widths = {name: layer.weight_bits for name, layer in header.layers.items()}
+        floats = vision.open_model(demo).model
+        sizes = {
+            name: floats.get_submodule(name).weight.numel() for name, bits in widths.items() if bits
+        }
+        mean = sum(widths[name] * size for name, size in sizes.items()) / sum(sizes.values())
+        assert mean <= 3.7
+
+
 def test_the_header_says_where_the_weights_came_from(quantize, demo):
     quantize(demo, out=OUT, bits="w3a4", seed=11, effort="max", skip=("head",))
     header = checkpoint.read_header(OUT)
@@ -134,6 +156,57 @@ def test_data_free_is_synthesis_and_then_quantization(quantize, demo):
 def test_windows_need_no_data_either(quantize, swin):
     result = quantize(swin, data_free=True, out=OUT, count=3)
     assert result.summary["verify"]["same_choice"] == 1.0
+
+
+@pytest.mark.parametrize("family", ["resnet", "mobilenet", "convnext"])
+@pytest.mark.parametrize("recipe", ["strong", "paper"])
+def test_convolutional_networks_go_all_the_way(quantize, convolutional, family, recipe):
+    model = convolutional(family)
+    result = quantize(model, data_free=True, out=OUT, count=3, recipe=recipe)
+    assert result.summary["verify"] == {"max_abs_difference": 0.0, "same_choice": 1.0}
+    assert checkpoint.read_header(OUT).provenance["method"] == "spdfq"
+    loaded = load(OUT)
+    assert not [name for name in loaded.state_dict() if "running_mean" in name]
+    convolutions = [m for m in loaded.modules() if isinstance(m, QuantConv2d)]
+    assert sum(item["kind"] == "conv" for item in result.items) == len(convolutions) > 0
+    # A linear layer after a LayerNorm takes over some of its gain, so its weights are others.
+    errors = [item["weight_error"] for item in result.items if item["kind"] == "conv"]
+    assert max(errors) < 0.1
+    assert {item["backend"] for item in result.items} <= {"cpu", "reference"}
+    first = next(item for item in result.items if item["kind"] == "conv")
+    assert first["output_error"] < 0.1
+
+
+def test_convolutions_take_part_in_mixed_precision(quantize, convolutional):
+    result = quantize(convolutional("resnet"), out=OUT, bits="mixed:4.0")
+    assert result.summary["mean_bits"] <= 4.0
+    assert result.summary["verify"]["max_abs_difference"] == 0.0
+    assert len({item["bits"] for item in result.items if item["kind"] == "conv"}) > 1
+
+
+def test_a_convolution_left_in_float_keeps_its_norm(quantize, convolutional):
+    model = convolutional("resnet")
+    quantize(model, out=OUT, skip=("layer1.0.conv2",), bits="w8a8")
+    loaded = load(OUT)
+    original = vision.open_model(model).model
+    assert torch.equal(loaded.layer1[0].conv2.weight, original.layer1[0].conv2.weight)
+    assert isinstance(loaded.layer1[0].bn2, torch.nn.BatchNorm2d)
+    assert isinstance(loaded.layer1[0].bn1, torch.nn.Identity)
+    pictures = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, found = original(pictures), loaded(pictures)
+    assert float((found - expected).norm() / expected.norm()) < 0.1
+
+
+def test_a_header_that_folds_no_norm_is_refused(quantize, convolutional):
+    quantize(convolutional("resnet"), out=OUT)
+    header, tensors = checkpoint.read(OUT)
+    layer = header.layers["layer1.0.conv1"]
+    wrong = layer.model_copy(update={"options": {**layer.options, "norm": "fc"}})
+    changed = header.model_copy(update={"layers": {**header.layers, "layer1.0.conv1": wrong}})
+    checkpoint.write(OUT, changed, tensors, overwrite=True)
+    with pytest.raises(CheckpointError, match="does not fit the architecture"):
+        load(OUT)
 
 
 def test_a_picture_that_cannot_be_read_ends_the_run(quantize, demo, class_folders):

@@ -230,3 +230,17 @@ def test_the_learning_rate_follows_the_kind_of_attention(request, fixture, rate)
 def test_a_poor_result_is_noticed(demo, caplog):
     synthesize_images(settings(demo, count=6, steps=1))
     assert "are seen as what they should show" in caplog.text
+
+
+def test_psaq_is_refused_without_patch_tokens(convolutional):
+    with pytest.raises(UsageError, match="ResNet has none") as caught:
+        synthesize_images(settings(convolutional("resnet"), method="psaq"))
+    assert "--method spdfq" in caught.value.remedy
+    assert not Path("pictures").exists()
+
+
+@pytest.mark.parametrize("family", ["resnet", "convnext"])
+def test_networks_without_attention_are_synthesized_from(convolutional, family):
+    result = synthesize_images(settings(convolutional(family)))
+    assert len(result.items) == 3
+    assert {"images", "labels", "boxes", "agreement"} == set(tensors_of()[1])

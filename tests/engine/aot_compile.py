@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from qtool.engine.kernels import (
+    conv2d,
     linear,
     matmul,
     matmul_log2,
@@ -80,8 +81,46 @@ def linear_cases() -> list[Case]:
     return cases
 
 
+def conv2d_cases() -> list[Case]:
+    """Packed weights of every width, prepared ones, and the narrow tile of depthwise kernels."""
+    types = {
+        "x": "*u8",
+        "x_scale": "*fp32",
+        "x_zero": "*i32",
+        "weight": "*u8",
+        "weight_scale": "*fp32",
+        "weight_zero": "*i32",
+        "bias": "*fp32",
+        "y": "*fp32",
+        **dict.fromkeys(("places", "depth", "height", "width"), "i32"),
+        **dict.fromkeys(("y_height", "y_width", "group_channels", "row_bytes"), "i32"),
+    }
+    pairs = {"KERNEL": 3, "STRIDE": 2, "PADDING": 1, "DILATION": 1}
+    window = {f"{name}_{axis}": size for name, size in pairs.items() for axis in "HW"}
+    forms = [(f"w{bits}", bits, False, conv2d.WIDE) for bits in range(2, 9)]
+    forms += [("int8", 4, True, conv2d.WIDE), ("w4 narrow", 4, False, conv2d.NARROW)]
+    return [
+        Case(
+            f"conv2d {name}",
+            conv2d.conv2d_kernel,
+            types | ({"weight": "*i8"} if prepared else {}),
+            {
+                "GROUPS": 1,
+                "HAS_BIAS": True,
+                "IS_PREPARED": prepared,
+                "BITS": bits,
+                "OFFSET": 2 ** (bits - 1) if prepared or bits == 8 else 0,
+                **window,
+                **tile,
+            },
+            conv2d.OPTIONS,
+        )
+        for name, bits, prepared, tile in forms
+    ]
+
+
 def other_cases() -> list[Case]:
-    """All kernels but the linear one."""
+    """All kernels but those of linear layers and convolutions."""
     cases = [
         Case(
             "quantize_uniform",
@@ -231,7 +270,7 @@ def stack_bytes(cubin: bytes) -> int | None:
 def main() -> None:
     """Compiles for the capabilities of the command line, by default 80, 90 and 100."""
     for capability in [int(word) for word in sys.argv[1:]] or [80, 90, 100]:
-        for case in linear_cases() + other_cases():
+        for case in linear_cases() + conv2d_cases() + other_cases():
             print(json.dumps(compile_case(case, capability)), flush=True)
 
 

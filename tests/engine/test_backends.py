@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -90,6 +92,86 @@ def test_linear(bits, per_token, prepared, draw, assert_equal_everywhere):
 def test_linear_on_the_tokens_of_a_picture(bits, draw, assert_equal_everywhere):
     arguments = linear_arguments(draw, 197, 193, 65, bits=bits, per_token=True)
     assert_equal_everywhere(ops.linear, *arguments, weight_bits=bits, in_features=193)
+
+
+def convolution_arguments(draw, shape, channels, *, bits, groups=1, kernel, input_bits=8):
+    weight = draw.codes(channels, shape[1] // groups * kernel[0] * kernel[1], bits=bits)
+    return (
+        draw.codes(*shape, bits=input_bits),
+        draw.scales(1),
+        draw.zeros(1, bits=input_bits),
+        ops.pack_codes(weight, bits=bits),
+        draw.scales(channels),
+        draw.zeros(channels, bits=bits),
+    )
+
+
+CONVOLUTIONS = {
+    "point": ((2, 9, 5, 6), 7, {"kernel": (1, 1)}),
+    "padded": ((2, 5, 6, 9), 19, {"kernel": (3, 3), "padding": (1, 1)}),
+    "stem": ((1, 3, 15, 14), 5, {"kernel": (7, 7), "padding": (3, 3), "stride": (2, 2)}),
+    "patches": ((1, 3, 8, 12), 65, {"kernel": (4, 3), "stride": (4, 3)}),
+    "dilated": (
+        (2, 3, 11, 9),
+        4,
+        {"kernel": (3, 2), "dilation": (2, 3), "padding": (2, 0), "stride": (1, 2)},
+    ),
+    "grouped": ((1, 12, 5, 5), 6, {"kernel": (3, 3), "padding": (1, 1), "groups": 3}),
+    "depthwise": ((2, 6, 7, 5), 6, {"kernel": (3, 5), "padding": (1, 2), "groups": 6}),
+}
+
+
+@pytest.mark.parametrize("prepared", [False, True], ids=["packed", "prepared"])
+@pytest.mark.parametrize("form", CONVOLUTIONS)
+def test_conv2d(form, prepared, draw, assert_equal_everywhere):
+    shape, channels, geometry = CONVOLUTIONS[form]
+    bits = 3 + len(form) % 4
+    arguments = convolution_arguments(
+        draw,
+        shape,
+        channels,
+        bits=bits,
+        groups=geometry.get("groups", 1),
+        kernel=geometry["kernel"],
+    )
+    bias = draw.floats(channels) if prepared else None
+    if prepared:
+        terms = shape[1] // geometry.get("groups", 1) * math.prod(geometry["kernel"])
+        weight = ops.prepare_weight(arguments[3], bits=bits, in_features=terms)
+        arguments = (*arguments[:3], weight, *arguments[4:])
+    assert_equal_everywhere(ops.conv2d, *arguments, bias, weight_bits=bits, **geometry)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_conv2d_at_every_width(bits, draw, assert_equal_everywhere):
+    arguments = convolution_arguments(draw, (2, 5, 4, 4), 6, bits=bits, kernel=(3, 3))
+    assert_equal_everywhere(ops.conv2d, *arguments, weight_bits=bits, kernel=(3, 3), padding=(1, 1))
+
+
+def test_conv2d_pads_with_the_code_of_zero(draw, device, assert_equal_everywhere):
+    """Where every input is zero, so is every sum, at the border as in the middle."""
+    arguments = list(convolution_arguments(draw, (1, 4, 5, 5), 3, bits=4, kernel=(3, 3)))
+    arguments[0] = torch.full_like(arguments[0], 77)
+    arguments[2] = torch.tensor([77], dtype=torch.int32, device=device)
+    y = assert_equal_everywhere(
+        ops.conv2d, *arguments, weight_bits=4, kernel=(3, 3), padding=(2, 2)
+    )
+    assert not y.any()
+
+
+@pytest.mark.parametrize("side", [1, 17], ids=["many channels", "a vast kernel"])
+def test_large_convolutions_are_exact_before_the_scale(side, device, assert_equal_everywhere):
+    channels = 1 if side > 1 else 600
+    x = torch.full((1, channels, side, side), 255, dtype=torch.uint8, device=device)
+    x[0, 0, 0, 0] = 254
+    weight = torch.full((2, channels * side * side), 255, dtype=torch.uint8, device=device)
+    one, zeros = torch.ones(2, device=device), torch.zeros(2, dtype=torch.int32, device=device)
+    y = assert_equal_everywhere(
+        ops.conv2d, x, one[:1], zeros[:1], weight, one, zeros, weight_bits=8, kernel=(side, side)
+    )
+    total = 255 * 255 * channels * side * side - 255
+    assert total > 2**24
+    assert y.flatten().tolist() == [float(torch.tensor(total, dtype=torch.float32))] * 2
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 1, 2)])

@@ -14,6 +14,7 @@ X = torch.zeros(2, 3, 8)
 CODES = torch.zeros(2, 3, 8, dtype=torch.uint8)
 ONE = torch.ones(1)
 ZERO = torch.zeros(1, dtype=torch.int32)
+IMAGE = torch.zeros(1, 2, 3, 3, dtype=torch.uint8)
 PACKED = torch.zeros(5, 4, dtype=torch.uint8)
 SCALES = torch.ones(5)
 ZEROS = torch.zeros(5, dtype=torch.int32)
@@ -25,6 +26,11 @@ def linear(
     x=CODES, x_scale=ONE, x_zero=ZERO, weight=PACKED, scale=SCALES, zero=ZEROS, bias=None, **sizes
 ):
     return ops.linear(x, x_scale, x_zero, weight, scale, zero, bias, **(SIZES | sizes))
+
+
+def conv2d(x=IMAGE, x_scale=ONE, weight=PACKED, **sizes):
+    sizes = {"weight_bits": 4, "kernel": (2, 2), **sizes}
+    return ops.conv2d(x, x_scale, ZERO, weight, SCALES, ZEROS, **sizes)
 
 
 def matmul(a=CODES, a_scale=ONE, a_zero=ZERO, b=COLUMNS, b_scale=ONE, b_zero=ZERO):
@@ -74,6 +80,19 @@ REFUSALS = {
     "weight_scale has shape (1,), not (5,)": lambda: linear(scale=ONE),
     "weight_zero is torch.uint8, not torch.int32": lambda: linear(zero=ZEROS.to(torch.uint8)),
     "bias has shape (5, 1), not (5,)": lambda: linear(bias=SCALES[:, None]),
+    "x has shape (2, 3, 8), not (B, C, H, W)": lambda: conv2d(x=CODES),
+    "x_scale has shape (5,), not one element": lambda: conv2d(x_scale=SCALES),
+    "kernel is [2], not two numbers of 1 or more": lambda: conv2d(kernel=(2,)),
+    "stride is [0, 1], not two numbers of 1 or more": lambda: conv2d(stride=(0, 1)),
+    "padding is [-1, 0], not two numbers of 0 or more": lambda: conv2d(padding=(-1, 0)),
+    "dilation is [1, 0], not two numbers of 1 or more": lambda: conv2d(dilation=(1, 0)),
+    "2 groups do not divide 2 input and 5 output channels alike": lambda: conv2d(groups=2),
+    "weight has shape (5, 4), not (N, 9): rows of 18 codes of 4 bits": lambda: conv2d(
+        kernel=(3, 3)
+    ),
+    "x has shape (1, 2, 3, 3), smaller than a kernel of (2, 2) can cover": lambda: conv2d(
+        dilation=(3, 3)
+    ),
     "a (2, 3, 8) and b (2, 3, 8) do not multiply: they need shapes (..., M, K) and (..., K, N)": (
         lambda: matmul(b=CODES)
     ),

@@ -66,9 +66,19 @@ def test_a_cpu_with_saturating_products_is_left_to_the_reference(monkeypatch, dr
         ops.matmul(a, one, zero, b, one, zero)
 
 
+@pytest.mark.parametrize("terms", [0, 1, 514, 515, 1100])
+def test_products_without_int8_units_are_exact(monkeypatch, terms):
+    monkeypatch.setattr(cpu, "has_int8_units", lambda: False)
+    codes = torch.full((5, terms), 255, dtype=torch.uint8)
+    weight = torch.full((terms, 3), -128, dtype=torch.int8)
+    codes[1:3, ::3], weight[::2, 1:] = 254, 127
+    assert torch.equal(cpu.product(codes, weight).long(), codes.long() @ weight.long())
+
+
 @pytest.mark.usefixtures("exact_int8_products")
 def test_the_self_check_notices_saturation(monkeypatch):
     exact = torch._int_mm
+    monkeypatch.setattr(cpu, "has_int8_units", lambda: True)
     monkeypatch.setattr(torch, "_int_mm", lambda x, w: exact(x, w).clamp(max=32767 * 64))
     cpu.int8_product_is_exact.cache_clear()
     assert not cpu.int8_product_is_exact()

@@ -59,14 +59,14 @@ def test_float_arithmetic_is_not_contracted(records):
 
 @pytest.mark.parametrize(("capability", "instruction"), [(80, "mma.sync"), (90, "wgmma.mma_async")])
 def test_integer_products_run_on_the_int8_tensor_cores(records, capability, instruction):
-    linear = [
+    integer = [
         record
         for record in records
-        if record["kernel"].split()[0] in {"linear", "matmul"}
+        if record["kernel"].split()[0] in {"linear", "matmul", "conv2d"}
         and record["capability"] == capability
     ]
-    assert len(linear) == 9
-    for record in linear:
+    assert len(integer) == 18
+    for record in integer:
         assert record["products"], record
         for product in record["products"]:
             assert product.startswith(instruction)

@@ -89,6 +89,37 @@ def test_linear_takes_exact_sums():
     assert y.tolist() == [[250 * (254 - 1 + 253), 250 * -9 * 0.125 + 1]]
 
 
+def test_conv2d_is_a_sum_over_windows_with_zeros_around():
+    generator = np.random.default_rng(0)
+    x = generator.integers(0, 256, (1, 4, 5, 3))
+    q = generator.integers(0, 8, (6, 2, 3, 2))
+    zero, weight_zero = 100, generator.integers(0, 8, 6)
+    out = reference.conv2d(
+        torch.from_numpy(x).to(torch.uint8),
+        scalar(0.5),
+        scalar(zero, torch.int32),
+        reference.pack_codes(torch.from_numpy(q.reshape(6, 12)).to(torch.uint8), 3),
+        torch.full((6,), 2.0),
+        torch.from_numpy(weight_zero).int(),
+        torch.arange(6.0),
+        3,
+        (3, 2),
+        (2, 1),
+        (1, 2),
+        (1, 2),
+        2,
+    )
+    assert out.shape == (1, 6, 3, 5)
+    for n, i, j in np.ndindex(6, 3, 5):
+        total = n
+        for c, r, s in np.ndindex(2, 3, 2):
+            row, column = 2 * i + r - 1, j + 2 * s - 2
+            if 0 <= row < 5 and 0 <= column < 3:
+                value = x[0, n // 3 * 2 + c, row, column] - zero
+                total += value * (q[n, c, r, s] - weight_zero[n])
+        assert out[0, n, i, j] == total
+
+
 def test_matmul_multiplies_differences_to_the_zero_points():
     a = torch.tensor([[3, 1]], dtype=torch.uint8)
     b = torch.tensor([[10], [20]], dtype=torch.uint8)

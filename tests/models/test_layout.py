@@ -105,11 +105,20 @@ def test_units_run_in_the_order_given(make):
     assert tuple(ran) == layout(model).units
 
 
+def test_convolutional_networks_have_no_attention(build_convolutional):
+    for family in ("resnet", "mobilenet", "convnext"):
+        found = layout(build_convolutional(family))
+        assert found.attentions == ()
+        assert bool(found.batch_norms) == (family != "convnext")
+        assert (found.class_token, found.prefix_tokens, found.grid) == (False, 0, (0, 0))
+
+
 @pytest.mark.parametrize(
     "name",
     [
-        "resnet18",
-        "convnext_atto",
+        "resnetv2_50",
+        "mobilenetv3_small_050",
+        "mixer_s32_224",
         "beit_base_patch16_224",
         "swinv2_tiny_window8_256",
         "vit_relpos_small_patch16_224",
@@ -119,12 +128,12 @@ def test_units_run_in_the_order_given(make):
     ],
 )
 def test_other_networks_are_refused(name):
-    with pytest.raises(UsageError, match="no softmax attention"):
+    with pytest.raises(UsageError, match="parts between its layers"):
         layout(vision.build(name, {}, device="meta"))
 
 
 def test_gated_attention_is_refused():
     model = vit()
     model.blocks[0].attn.gate = torch.nn.Linear(4, 4)
-    with pytest.raises(UsageError, match="no softmax attention"):
+    with pytest.raises(UsageError, match="parts between its layers"):
         layout(model)

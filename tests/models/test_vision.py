@@ -178,6 +178,36 @@ def test_activation_from_the_metadata(tmp_path):
     assert not any("ReLU6" in kind for kind in kinds)
 
 
+def test_arguments_follow_the_name(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_file(vision.build("test_efficientnet", {"num_classes": 7}).state_dict(), path)
+    name = "test_efficientnet.r160_in1k,act_layer=relu,drop_rate=0.5"
+    opened = vision.open_model(name, weights=path)
+    assert opened.architecture == "test_efficientnet.r160_in1k"
+    assert opened.model_args == {"act_layer": "relu", "drop_rate": 0.5, "num_classes": 7}
+    assert isinstance(opened.model.bn1.act, torch.nn.ReLU)
+    assert vision.resolve(name, weights=path) == "test_efficientnet.r160_in1k"
+    assert vision.resolve("mobilenetv2,act_layer=relu") == "mobilenetv2_100.ra_in1k"
+
+
+def test_arguments_after_the_name_go_before_those_of_the_file(tiny_file):
+    opened = vision.open_model(f"{TIMM},drop_rate=0.25", weights=tiny_file)
+    assert opened.model_args == {**TINY, "drop_rate": 0.25}
+
+
+@pytest.mark.parametrize("pair", ["act_layer", "act layer=relu", "=relu"])
+def test_an_argument_without_a_value_is_refused(pair):
+    with pytest.raises(UsageError, match="is not KEY=VALUE"):
+        vision.resolve(f"mobilenetv2,{pair}")
+
+
+def test_mobilenet_with_another_activation_opens():
+    path = shared("mobilenetv2_100_relu.safetensors")
+    opened = vision.open_model("mobilenetv2,act_layer=relu", weights=path)
+    assert opened.labels_kind == "imagenet"
+    assert opened.model_args == {"act_layer": "relu", "num_classes": 1000}
+
+
 def test_quantized_checkpoint_is_no_float_model(tmp_path):
     path = tmp_path / "q.safetensors"
     save_file({"x": torch.zeros(1)}, path, {"qtool.format": "1", "qtool.config": "{}"})

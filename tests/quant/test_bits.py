@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qtool.errors import UsageError
-from qtool.quant.bits import ACTIVATION_BITS, WEIGHT_BITS, BitSpec, parse_rule
+from qtool.quant.bits import ACTIVATION_BITS, WEIGHT_BITS, BitSpec, parse_average, parse_rule
 
 
 @given(
@@ -70,3 +70,19 @@ def test_rules(text, glob, spec):
 def test_wrong_rules_are_refused(text):
     with pytest.raises(UsageError):
         parse_rule(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "average"),
+    [("mixed:4", 4.0), ("MIXED:3.25", 3.25), ("mixed:8.0", 8.0), ("w4a4", None), ("any", None)],
+)
+def test_mean_widths(text, average):
+    assert parse_average(text) == average
+
+
+@pytest.mark.parametrize(
+    "text", ["mixed", "mixed:", "mixed:1.9", "mixed:9", "mixed:-4", "mixed:4x"]
+)
+def test_wrong_mean_widths(text):
+    with pytest.raises(UsageError, match="mean bit-width"):
+        parse_average(text)

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from qtool.engine import ops
-from qtool.quant.layers import IntegerProducts, QuantConv2d, QuantLinear, to_patches
+from qtool.quant.layers import Geometry, IntegerProducts, QuantConv2d, QuantLinear
 
 WIDTHS = range(2, 9)
 
@@ -52,22 +53,22 @@ def test_linear_is_its_formula(generator, weight_bits, input_bits, bias):
     torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("patch", [(4, 4), (2, 3), (8, 1)])
-def test_patches_are_what_a_convolution_sees(generator, patch):
-    images = torch.randn(2, 3, 8, 12, generator=generator)
-    weight = torch.randn(5, 3, *patch, generator=generator)
-    expected = F.conv2d(images, weight, stride=patch)
-    found = to_patches(images, patch) @ weight.flatten(1).T
-    torch.testing.assert_close(found.mT.unflatten(2, expected.shape[2:]), expected)
-
-
-def test_convolution_keeps_the_grid(generator):
-    layer, _ = filled(QuantConv2d, (5, 3, 2, 4), generator)
-    images = torch.randn(2, 3, 6, 8, generator=generator)
-    weight = layer.dequantized_weight().double().view(5, 3, 2, 4)
+@pytest.mark.parametrize("weight_bits", [2, 5, 8])
+def test_convolution_is_its_formula(generator, weight_bits):
+    layer, _ = filled(QuantConv2d, (6, 2, 3, 2), generator, weight_bits=weight_bits)
+    geometry = Geometry(stride=(2, 1), padding=(1, 2), dilation=(1, 2), groups=2)
+    layer.geometry = geometry
+    images = torch.randn(2, 4, 6, 8, generator=generator)
+    weight = layer.dequantized_weight().double().view(6, 2, 3, 2)
     inputs = restored(images, layer.input_scale, layer.input_zero_point, 8)
-    expected = F.conv2d(inputs, weight, layer.bias.double(), stride=(2, 4))
+    expected = F.conv2d(inputs, weight, layer.bias.double(), **geometry._asdict())
     torch.testing.assert_close(layer(images).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_geometry_is_read_off_a_convolution():
+    source = nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0), dilation=2, groups=2)
+    assert Geometry.of(source) == Geometry((2, 1), (1, 0), (2, 2), 2)
+    assert Geometry.of(nn.Conv2d(4, 6, 3, padding="valid")) == Geometry()
 
 
 def test_state_has_the_names_and_types_of_a_checkpoint(generator):

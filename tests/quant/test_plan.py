@@ -9,7 +9,7 @@ from qtool.quant.bits import BitSpec
 from qtool.quant.plan import (
     FIRST_INPUT_BITS,
     LayerPlan,
-    is_patch_convolution,
+    is_convolution,
     plan_layers,
     replace_module,
     weight_parameters,
@@ -94,20 +94,32 @@ def test_nothing_left_to_quantize_is_an_error(tiny_vit):
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"),
+    ("module", "expected"),
     [
-        ({"kernel_size": 4, "stride": 4}, True),
-        ({"kernel_size": (4, 2), "stride": (4, 2)}, True),
-        ({"kernel_size": 4, "stride": 2}, False),
-        ({"kernel_size": 4, "stride": 4, "padding": "valid"}, True),
-        ({"kernel_size": 4, "stride": 4, "padding": 1}, False),
-        ({"kernel_size": 4, "stride": 4, "groups": 2}, False),
-        ({"kernel_size": 4, "stride": 4, "dilation": 2}, False),
-        ({"kernel_size": 1}, True),
+        (nn.Conv2d(4, 6, 4, stride=2, padding=1, groups=2), True),
+        (nn.Conv2d(4, 6, 4, padding="valid"), True),
+        (nn.Conv2d(4, 6, 4, padding="same"), False),
+        (nn.Conv2d(4, 6, 4, padding=1, padding_mode="reflect"), False),
+        (nn.ConvTranspose2d(4, 6, 4), False),
+        (nn.Conv1d(4, 6, 4), False),
     ],
 )
-def test_patch_convolutions_are_told_from_others(options, expected):
-    assert is_patch_convolution(nn.Conv2d(4, 6, **options)) is expected
+def test_convolutions_are_told_from_others(module, expected):
+    assert is_convolution(module) is expected
+
+
+def test_only_the_first_convolution_sees_the_picture(build_model):
+    model = build_model("resnet18", num_classes=7)
+    norms = dict(vision.layout(model).batch_norms)
+    plans = planned(model, quantizer="table", batch_norms=norms)
+    assert plans["conv1"] == LayerPlan("conv", 4, FIRST_INPUT_BITS, norm="bn1")
+    first = plans["layer1.0.conv1"]
+    assert first == LayerPlan("conv", 4, 4, "table", norm="layer1.0.bn1")
+    assert first.options() == {"quantizer": "table", "norm": "layer1.0.bn1"}
+    assert plans["fc"] == LayerPlan("linear", 4, 4, "table")
+    assert sum(plan.kind == "conv" for plan in plans.values()) == 20
+    kept = planned(model, keep=[("conv1", BitSpec(8, 8)), ("fc", BitSpec(8, 8))])
+    assert (kept["conv1"].weight_bits, kept["fc"].input_bits) == (8, 8)
 
 
 def test_modules_are_replaced_by_name(tiny_vit):

@@ -32,5 +32,13 @@ def test_output_is_named_after_model_and_bits(model, name):
     assert quantize(model=model).output == Path(name)
 
 
+def test_mixed_bits_name_the_file_and_the_mean():
+    made = quantize(bits="Mixed:4.50")
+    assert made.bits == "mixed:4.5"
+    assert made.average_bits == 4.5
+    assert made.output == Path("vit_b-mixed4.5.safetensors")
+    assert quantize().average_bits is None
+
+
 def test_output_can_be_named():
     assert quantize(out="here.safetensors").output == Path("here.safetensors")

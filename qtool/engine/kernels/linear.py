@@ -44,7 +44,7 @@ def _plane(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _unpacked(
+def unpacked(
     rows: tl.tensor,
     valid: tl.tensor,
     k_start: tl.tensor,
@@ -119,7 +119,7 @@ def linear_kernel(
                 other=0,
             )
         else:
-            right = _unpacked(weight_rows, n_valid, k_start, in_features, BITS, BLOCK_K)
+            right = unpacked(weight_rows, n_valid, k_start, in_features, BITS, BLOCK_K)
         sums = tl.dot(left, tl.trans(right), sums, out_dtype=tl.int32)
         x_sums += tl.sum(left.to(tl.int32), 1)
         weight_sums += tl.sum(right.to(tl.int32), 1)

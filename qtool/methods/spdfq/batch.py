@@ -6,6 +6,7 @@ References: SPDFQ (arXiv 2412.16553); PSAQ-ViT (arXiv 2203.02250).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,16 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qtool.errors import CheckpointError
-from qtool.methods.spdfq import losses
+from qtool.methods.spdfq import losses, statistics
 from qtool.methods.spdfq.priors import (
     Box,
     attention_priors,
+    magnified,
     natural_noise,
     patch_boxes,
     soft_labels,
 )
-from qtool.methods.spdfq.taps import tapped, unfused
-from qtool.models.vision import Layout
+from qtool.methods.spdfq.taps import summary_rows, tapped, unfused
+from qtool.models.vision import AttentionSite, Layout
 
 Method = Literal["spdfq", "psaq", "noise"]
 
@@ -51,8 +53,11 @@ class SynthesisConfig:
         seed: Base seed; every batch derives its own.
         classes: Classes to draw from; empty means all.
         variation_weight: Weight of the total-variation term.
-        alignment_weight: Weight of attention alignment (alpha 1); None picks the largest
-            power of ten that keeps it below the classification term at the first step.
+        alignment_weight: Weight of attention alignment (alpha 1), or of the statistics that stand
+            for it in networks with BatchNorm; None picks the largest power of ten that keeps it
+            below the classification term at the first step.
+        entropy_weight: Weight of the patch-similarity entropy that `spdfq` borrows from PSAQ-ViT;
+            0 is the paper's loss.
         patches_per_step: Patches that take part in one step, drawn afresh; None means all. The
             mean over a draw estimates the mean over all, at a fraction of the cost.
         bfloat16: Run the network's matrix products in bfloat16.
@@ -65,6 +70,7 @@ class SynthesisConfig:
     classes: tuple[int, ...] = ()
     variation_weight: float = 0.05
     alignment_weight: float | None = None
+    entropy_weight: float = 0.0
     patches_per_step: int | None = None
     bfloat16: bool = False
 
@@ -132,6 +138,7 @@ class BatchSynthesizer:
     ) -> None:
         self.model = model
         self.layout = layout
+        self._norms = () if layout.attentions else statistics.remembered(model)
         self.size = size
         self.config = config
         self.device = next(model.parameters()).device
@@ -199,9 +206,13 @@ class BatchSynthesizer:
 
     def _terms(self) -> tuple[str, ...]:
         """Keys of a record, in order."""
-        own = "alignment" if self.config.method == "spdfq" else "entropy"
-        pair = (own, "classification")
-        return (*pair, "step", "variation")
+        if self.config.method == "psaq":
+            own: tuple[str, ...] = ("entropy",)
+        elif not self.layout.attentions:
+            own = ("statistics",) if self._norms else ()
+        else:
+            own = ("alignment", "entropy") if self.config.entropy_weight else ("alignment",)
+        return (*own, "classification", "step", "variation")
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Go on from `state`; priors, boxes and labels follow from the seed.
@@ -249,16 +260,6 @@ class BatchSynthesizer:
         drawn = torch.randperm(len(self.boxes), generator=self._generator)[:limit]
         return sorted(drawn.tolist())
 
-    def _patches(self, images: Tensor, boxes: list[Box]) -> Tensor:
-        # Unbinding first keeps the gradient of each crop as small as its own image.
-        single = images.unbind(0)
-        crops = []
-        for box in boxes:
-            rows, columns = slice(box.top, box.top + box.side), slice(box.left, box.left + box.side)
-            crop = single[box.image][None, :, rows, columns]
-            crops.append(F.interpolate(crop, size=self.size, mode="bilinear"))
-        return torch.cat(crops) if crops else images[:0]
-
     def _open_sites(self) -> list[str]:
         """Attention modules that must not be fused: where the map is needed, and all on a CPU.
 
@@ -286,20 +287,26 @@ class BatchSynthesizer:
 
     def _spdfq_terms(self, images: Tensor) -> dict[str, Tensor]:
         drawn = self._drawn_boxes()
-        patches = self._jitter(self._patches(self.pixels, [self.boxes[i] for i in drawn]))
+        patches = self._jitter(magnified(self.pixels, [self.boxes[i] for i in drawn]))
+        diverse = self.layout.attentions if self.config.entropy_weight else ()
         with (
             unfused(self.model, self._open_sites()),
             tapped(self.model, [site.name for site in self._sites], source="attn_drop") as caught,
+            tapped(self.model, [site.name for site in diverse], source="proj") as attended,
+            statistics.measured(self.model, self._norms, count=len(images)) as distances,
         ):
             logits = self._forward(torch.cat((images, patches)))
+        classified = losses.soft_cross_entropy(logits[: len(images)], self.labels)
+        if len(patches):
+            wanted = self._patch_labels[drawn]
+            classified = classified + losses.soft_cross_entropy(logits[len(images) :], wanted)
+        if not self._sites:
+            guide = {"statistics": torch.stack(distances).mean()} if distances else {}
+            return {**guide, "classification": classified}
         total = len(images) + len(patches)
         maps = [m[: m.shape[0] * len(images) // total] for m in caught]
         rows = [
-            losses.class_attention(
-                probabilities,
-                class_token=self.layout.class_token and site.kind == "tokens",
-                prefix_tokens=self.layout.prefix_tokens if site.kind == "tokens" else 0,
-            )
+            summary_rows(probabilities, site=site, layout=self.layout)
             for probabilities, site in zip(maps, self._sites, strict=True)
         ]
         if not self.priors:
@@ -312,11 +319,20 @@ class BatchSynthesizer:
                 for index, (row, prior) in enumerate(zip(rows, self.priors, strict=True))
             ]
         ).sum()
-        whole, parts = logits[: len(images)], logits[len(images) :]
-        classified = losses.soft_cross_entropy(whole, self.labels)
-        if len(patches):
-            classified = classified + losses.soft_cross_entropy(parts, self._patch_labels[drawn])
-        return {"alignment": aligned, "classification": classified}
+        terms = {"alignment": aligned}
+        if attended:
+            values = [v[: v.shape[0] * len(images) // total] for v in attended]
+            terms["entropy"] = self._entropy(values, diverse)
+        return terms | {"classification": classified}
+
+    def _entropy(self, attended: list[Tensor], sites: Sequence[AttentionSite]) -> Tensor:
+        """Patch-similarity entropy of attention-weighted values, summed over blocks."""
+        entropy = self.pixels.new_zeros(())
+        for values, site in zip(attended, sites, strict=True):
+            prefix = self.layout.prefix_tokens if site.kind == "tokens" else 0
+            per_head = values.unflatten(-1, (site.heads, -1)).mean(dim=-2)
+            entropy = entropy + losses.patch_similarity_entropy(per_head[:, prefix:])
+        return entropy
 
     def _psaq_terms(self, images: Tensor) -> dict[str, Tensor]:
         with (
@@ -324,13 +340,8 @@ class BatchSynthesizer:
             tapped(self.model, [site.name for site in self._sites], source="proj") as caught,
         ):
             logits = self._forward(images)
-        entropy = self.pixels.new_zeros(())
-        for values, site in zip(caught, self._sites, strict=True):
-            prefix = self.layout.prefix_tokens if site.kind == "tokens" else 0
-            per_head = values.unflatten(-1, (site.heads, -1)).mean(dim=-2)
-            entropy = entropy + losses.patch_similarity_entropy(per_head[:, prefix:])
         return {
-            "entropy": entropy,
+            "entropy": self._entropy(caught, self._sites),
             "classification": losses.soft_cross_entropy(logits, self.labels),
         }
 
@@ -344,11 +355,13 @@ class BatchSynthesizer:
         variation = (losses.total_variation(images) - self._variation).abs()
         total = terms["classification"] + config.variation_weight * variation
         if "entropy" in terms:
-            total = total - terms["entropy"]
-        if "alignment" in terms:
+            weight = 1.0 if config.method == "psaq" else config.entropy_weight
+            total = total - weight * terms["entropy"]
+        guide = terms.get("alignment", terms.get("statistics"))
+        if guide is not None:
             if self.alignment_weight is None:
-                self.alignment_weight = _level(terms["classification"], terms["alignment"])
-            total = total + self.alignment_weight * terms["alignment"]
+                self.alignment_weight = _level(terms["classification"], guide)
+            total = total + self.alignment_weight * guide
         self.optimizer.zero_grad()
         total.backward()
         self.optimizer.step()
@@ -368,7 +381,7 @@ class BatchSynthesizer:
         images = self.pixels.detach()
         choice = self._forward(images).argmax(dim=1).tolist()
         agreement = [c in names for c, names in zip(choice, self.intended, strict=True)]
-        patches = self._patches(images, self.boxes)
+        patches = magnified(images, self.boxes)
         seen = self._forward(patches).argmax(dim=1).tolist() if len(patches) else []
         return SyntheticImages(
             images=images.cpu(),

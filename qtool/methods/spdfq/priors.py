@@ -7,9 +7,11 @@ alignment, multi-semantic reinforcement and soft-label learning.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 SPREAD_RANGE = (0.07, 0.25)
@@ -164,6 +166,21 @@ def patch_boxes(
                 placed.append(box)
         boxes.extend(placed)
     return boxes
+
+
+def magnified(images: Tensor, boxes: Sequence[Box]) -> Tensor:
+    """Boxes blown up to images of their own, (B, C, H, W) to (len(boxes), C, H, W).
+
+    The gradient of each reaches only its own rectangle.
+    """
+    # Unbinding first keeps the gradient of each crop as small as its own image.
+    single = images.unbind(0)
+    crops = []
+    for box in boxes:
+        rows, columns = slice(box.top, box.top + box.side), slice(box.left, box.left + box.side)
+        crop = single[box.image][None, :, rows, columns]
+        crops.append(F.interpolate(crop, size=images.shape[-2:], mode="bilinear"))
+    return torch.cat(crops) if crops else images[:0]
 
 
 def soft_labels(

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from qtool.errors import Progress
-from qtool.models.vision import AttentionSite
+from qtool.models.vision import AttentionSite, Layout
 from qtool.quant.attention import ATTENTION_CLASSES
+from qtool.quant.convolution import SimulatedConv2d
 from qtool.quant.plan import LayerPlan, replace_module
 from qtool.quant.simulation import SimulatedLayer, SimulatedLinear, SimulatedProducts
 
@@ -89,7 +90,9 @@ def simulate(
             device = next(source.parameters()).device
             products = SimulatedProducts(plan).to(device)
             replace_module(model, name, ATTENTION_CLASSES[kinds[name]](source, products))
-        elif isinstance(source, nn.Linear | nn.Conv2d):
+        elif isinstance(source, nn.Conv2d):
+            replace_module(model, name, SimulatedConv2d(source, plan))
+        elif isinstance(source, nn.Linear):
             replace_module(model, name, SimulatedLinear(source, plan))
     return model.eval()
 
@@ -179,6 +182,21 @@ def _choose_ranges(
     for layer in layers:
         layer.calibrate()
         layer.enabled = True
+
+
+def choose_ranges(model: nn.Module, images: Tensor, layout: Layout) -> None:
+    """Choose the ranges of all layers of a simulated model at once, from its float activations.
+
+    Args:
+        model: As `simulate` leaves it; LayerNorms are reparametrised, no layer is switched on.
+        images: (N, 3, H, W), normalised.
+        layout: The model's units and the LayerNorms that feed them.
+    """
+    layers = [m for m in model.modules() if isinstance(m, SimulatedLayer)]
+    feeds = [f for unit in layout.units for f in _feeds_within(model, unit, layout.norms)]
+    _choose_ranges(layers, model, images, {}, feeds)
+    for layer in layers:
+        layer.enabled = False
 
 
 def _feeds_within(

@@ -2,7 +2,8 @@
 
 Three methods behind one interface: `spdfq` (attention priors alignment, multi-semantic
 reinforcement, soft labels), `psaq` (patch-similarity entropy, the baseline it improves on) and
-`noise` (Gaussian pixels, the floor).
+`noise` (Gaussian pixels, the floor). Where there is no attention, `spdfq` matches the statistics of
+BatchNorms instead, and does without either in a network that has neither.
 
 References: SPDFQ (arXiv 2412.16553); PSAQ-ViT (arXiv 2203.02250).
 """

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
+
+from qtool.methods.spdfq import losses
+from qtool.models.vision import AttentionSite, Layout
 
 
 @contextmanager
@@ -39,3 +43,36 @@ def tapped(model: nn.Module, names: Sequence[str], *, source: str) -> Iterator[l
     finally:
         for handle in handles:
             handle.remove()
+
+
+def summary_rows(probabilities: Tensor, *, site: AttentionSite, layout: Layout) -> Tensor:
+    """Where the image-level summary looks: the class token's row, or the mean over all queries.
+
+    Args:
+        probabilities: Softmax map of one attention module, (B, H, N, N).
+        site: The module.
+        layout: Its model.
+
+    Returns:
+        Attention to the image patches, (B, H, T).
+    """
+    of_tokens = site.kind == "tokens"
+    return losses.class_attention(
+        probabilities,
+        class_token=layout.class_token and of_tokens,
+        prefix_tokens=layout.prefix_tokens if of_tokens else 0,
+    )
+
+
+@torch.no_grad()
+def summary_attention(
+    model: nn.Module, images: Tensor, *, sites: Sequence[AttentionSite], layout: Layout
+) -> list[Tensor]:
+    """`summary_rows` of some attention modules for images (B, 3, H, W), one (B, H, T) each."""
+    names = [site.name for site in sites]
+    with unfused(model, names), tapped(model, names, source="attn_drop") as caught:
+        model(images)
+    return [
+        summary_rows(maps, site=site, layout=layout)
+        for maps, site in zip(caught, sites, strict=True)
+    ]

@@ -16,7 +16,8 @@ from qtool.methods.spdfq.reconstruction import (
 )
 from qtool.models import vision
 from qtool.quant.bits import BitSpec
-from qtool.quant.layers import IntegerProducts, QuantLinear
+from qtool.quant.convolution import fold_norms
+from qtool.quant.layers import IntegerProducts, QuantConv2d, QuantLinear
 from qtool.quant.plan import plan_layers
 from qtool.quant.simulation import SimulatedLayer, SimulatedLinear
 
@@ -161,7 +162,7 @@ def test_every_planned_layer_runs_on_integers(prepare, images, name):
     with torch.no_grad(), dispatch.trace() as decisions:
         model(images)
     ran = [decision.op for decision in decisions]
-    assert ran.count("linear") == len(linear)
+    assert ran.count("linear") + ran.count("conv2d") == len(linear)
     assert ran.count("matmul") == ran.count("matmul_log2") == len(products)
     assert len(products) == len(vision.layout(reference).attentions)
     assert not any(parameter.requires_grad for parameter in model.parameters())
@@ -292,6 +293,96 @@ def test_everything_simulated_lives_where_the_model_lives(prepare, name):
     model = simulate(reference, plans, sites)
     left = [n for n, t in [*model.named_buffers(), *model.named_parameters()] if not t.is_meta]
     assert left == []
+
+
+def test_register_tokens_are_quantized_like_any(build_model, images):
+    reference = build_model("vit_tiny_patch16_224", **SIZES, reg_tokens=3).requires_grad_(False)
+    layout = vision.layout(reference)
+    plans = plan_layers(
+        reference,
+        attentions=[site.name for site in layout.attentions],
+        bits=BitSpec(4, 4),
+        quantizer="table",
+    )
+    model = simulate(copy.deepcopy(reference), plans, layout.attentions)
+    rebuilt(reference, model, images, steps=1)
+    with torch.no_grad():
+        expected = model(images)
+        assert torch.equal(freeze(model)(images), expected)
+
+
+FAMILIES = ("resnet", "mobilenet", "convnext")
+
+
+@pytest.fixture
+def prepare_convolutional(build_convolutional):
+    """The float model with its norms folded, and its simulated copy."""
+
+    def build(family, bits, **rules):
+        reference = build_convolutional(family)
+        for parameter in reference.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(2.0)
+        pairs = vision.layout(reference).batch_norms
+        plans = plan_layers(
+            reference,
+            attentions=[],
+            batch_norms=dict(pairs),
+            bits=BitSpec.parse(bits),
+            **rules,
+        )
+        fold_norms(reference, pairs)
+        return reference, simulate(copy.deepcopy(reference), plans, [])
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("bits", "rules"),
+    [
+        ("w2a3", {"quantizer": "table"}),
+        ("w4a4", {"quantizer": "table"}),
+        ("w4a4", {}),
+        ("w5a6", {}),
+        ("w8a8", {}),
+    ],
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_convolutional_networks_equal_their_simulation(
+    prepare_convolutional, images, family, bits, rules
+):
+    reference, model = prepare_convolutional(family, bits, **rules)
+    with torch.no_grad():
+        same = reference(images)
+    torch.testing.assert_close(model(images).detach(), same, rtol=0, atol=1e-4 * float(same.norm()))
+    units = vision.layout(reference).units
+    settings = ReconstructionConfig(steps=2, batch_size=4, drop=0.5)
+    norms = vision.layout(reference).norms
+    records = reconstruct(model, reference, images, units, config=settings, norms=norms)
+    assert [record.name for record in records] == list(units)
+    assert all(m.enabled for m in model.modules() if isinstance(m, SimulatedLayer))
+    fresh = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        target = reference(images)
+        expected = model(images), model(fresh)
+        freeze(model)
+        with dispatch.trace() as decisions:
+            assert torch.equal(model(images), expected[0])
+        assert torch.equal(model(fresh), expected[1])
+    ran = [decision.op for decision in decisions]
+    convolutions = [m for m in model.modules() if isinstance(m, QuantConv2d)]
+    assert ran.count("conv2d") == len(convolutions) > 0
+    if bits == "w8a8":
+        assert max(record.before for record in records) < 0.05
+        assert float((expected[0] - target).norm() / target.norm()) < 0.25
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_lowers_the_error_of_residual_blocks(prepare_convolutional, images, family):
+    reference, model = prepare_convolutional(family, "w3a4")
+    records = rebuilt(reference, model, images, steps=30, learning_rate=1e-3)
+    assert all(record.after <= record.before for record in records)
+    assert sum(r.after for r in records) < 0.9 * sum(r.before for r in records)
 
 
 @pytest.mark.parametrize("bits", ["w4a4", "w8a8"])

@@ -7,6 +7,7 @@ from qtool.errors import CheckpointError
 from qtool.methods.spdfq import batch as batches
 from qtool.methods.spdfq import losses
 from qtool.methods.spdfq.batch import BatchSynthesizer, SynthesisConfig, learning_rate_at
+from qtool.methods.spdfq.priors import magnified
 from qtool.methods.spdfq.synthesis import synthesize
 from qtool.models import vision
 
@@ -210,7 +211,7 @@ def test_a_patch_has_no_gradient_outside_its_box(vit):
     maker = batch(vit, count=4)
     for index, box in enumerate(maker.boxes):
         maker.pixels.grad = None
-        logits = vit(maker._patches(maker.pixels, [box]))
+        logits = vit(magnified(maker.pixels, [box]))
         losses.soft_cross_entropy(logits, maker._patch_labels[index : index + 1]).backward()
         inside = torch.zeros(4, 1, 32, 32, dtype=torch.bool)
         rows, columns = slice(box.top, box.top + box.side), slice(box.left, box.left + box.side)
@@ -222,7 +223,7 @@ def test_a_patch_has_no_gradient_outside_its_box(vit):
 
 def test_patches_are_blown_up_crops(vit):
     maker = batch(vit, count=4)
-    patches = maker._patches(maker.pixels, maker.boxes)
+    patches = magnified(maker.pixels, maker.boxes)
     assert patches.shape == (len(maker.boxes), 3, 32, 32)
     for patch, box in zip(patches, maker.boxes, strict=True):
         rows, columns = slice(box.top, box.top + box.side), slice(box.left, box.left + box.side)

@@ -1,0 +1,130 @@
+"""The network that restores, and the memory it may take."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qtool.api.runtime import bfloat16_is_faster, notice
+from qtool.errors import CheckpointError, MissingError
+from qtool.io.cache import sha256_file
+from qtool.methods.undem.restoration import Restorer
+from qtool.models import demoire, demoire_weights
+from qtool.models.demoire_weights import DemoireNetwork
+from qtool.settings.demoire import DemoireSettings
+
+_SHARE_OF_FREE = 0.6
+_SHARE_OF_CUDA = 0.8
+_PICTURE_BYTES = 48
+"""What one pixel takes outside the network: decoded, changed, encoded, for three photographs."""
+
+
+def weights_path(settings: DemoireSettings) -> Path:
+    """The file of weights that a run takes.
+
+    Raises:
+        MissingError: None is named, and none came with this installation.
+    """
+    if settings.weights is not None:
+        return settings.weights
+    if settings.model is not None and not demoire.find(settings.model).bundled:
+        raise missing_weights(settings.model)
+    return demoire_weights.bundled_path()
+
+
+def missing_weights(name: str) -> MissingError:
+    """The error for a network whose weights do not come with qtool."""
+    spec = demoire.find(name)
+    return MissingError(
+        f"weights of {name} ({spec.parameters * 4:.0f} MB, {spec.paper}) do not come with qtool",
+        remedy="their authors offer them for download; name the file with --weights FILE",
+    )
+
+
+def open_network(settings: DemoireSettings) -> DemoireNetwork:
+    """Load the network of a run.
+
+    Raises:
+        MissingError: There are no weights.
+        CheckpointError: The file does not hold what was asked for.
+    """
+    arguments: dict[str, Any] = {}
+    if settings.head is not None:
+        arguments["head"] = settings.head
+    if settings.transform is not None:
+        arguments["dct"] = settings.transform
+    return demoire_weights.load_network(
+        weights_path(settings), name=settings.model, arguments=arguments
+    )
+
+
+def make_restorer(network: DemoireNetwork, device: torch.device) -> Restorer:
+    """Put a network where it computes, in the layout that is fastest there."""
+    module = network.module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    # A network that adds to its input loses nothing of it to the short mantissa.
+    bfloat16 = network.residual and bfloat16_is_faster(device)
+    notice.info("network: %s%s", network.spec.name, " in bfloat16" if bfloat16 else "")
+    return Restorer(
+        network=module,
+        result=network.spec.result,
+        multiple=network.size_multiple,
+        bytes_per_pixel=network.spec.bytes_per_pixel,
+        device=device,
+        bfloat16=bfloat16,
+        batch_size=4 if device.type == "cuda" else 1,
+    )
+
+
+def memory_for_network(settings: DemoireSettings, device: torch.device, pixels: int) -> int:
+    """Bytes that the network may take for a picture of so many pixels."""
+    if device.type == "cuda":
+        free = int(torch.cuda.mem_get_info(device)[0] * _SHARE_OF_CUDA)
+        return free // 4 if settings.memory_bytes is None else min(free, settings.memory_bytes) // 4
+    if settings.memory_bytes is None:
+        return int(free_memory() * _SHARE_OF_FREE) - _PICTURE_BYTES * pixels
+    return settings.memory_bytes - resident_memory() - _PICTURE_BYTES * pixels
+
+
+def free_memory() -> int:
+    """Bytes of main memory that are free, or 4 GiB where the system does not say."""
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+    except OSError:
+        return 4 << 30
+    match = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
+    return min(int(match[1]) * 1024 if match else 4 << 30, _container_room())
+
+
+def _container_room() -> int:
+    """What the container's limit leaves, or very much without one."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit = int((folder / "memory.max").read_text(encoding="ascii"))
+        return limit - int((folder / "memory.current").read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return 1 << 62
+
+
+def resident_memory() -> int:
+    """Bytes of main memory that this process holds; 0 where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def weights_sha256(settings: DemoireSettings) -> str:
+    """SHA-256 of the weights a run takes, without loading them.
+
+    Raises:
+        QtoolError: There are none.
+    """
+    path = weights_path(settings)
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a file", remedy="check the path given to --weights")
+    return sha256_file(path)

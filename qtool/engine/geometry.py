@@ -1,0 +1,22 @@
+"""Sizes of convolutions that the contracts, the reference and the kernels must agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def output_size(
+    size: Sequence[int],
+    *,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, int]:
+    """Height and width of a convolution's result; below 1 where the kernel does not fit."""
+    height, width = (
+        (size[axis] + 2 * padding[axis] - dilation[axis] * (kernel[axis] - 1) - 1) // stride[axis]
+        + 1
+        for axis in range(2)
+    )
+    return height, width

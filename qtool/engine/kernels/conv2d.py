@@ -1,0 +1,180 @@
+"""Triton: integer convolution as an implicit matrix product on int8 tensor cores.
+
+The windows that a matrix product needs as rows are gathered while they are read; they never lie in
+memory. Padding is read as the code of zero, so the sums over rows that put the zero points right
+count it like any code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qtool.engine.geometry import output_size
+from qtool.engine.kernels.linear import unpacked
+
+# WIDE for many output channels in a group, NARROW for depthwise kernels and few channels.
+WIDE = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}
+NARROW = {"BLOCK_M": 128, "BLOCK_N": 16, "BLOCK_K": 32}
+OPTIONS = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": False}
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def conv2d_kernel(
+    x: tl.tensor,
+    x_scale: tl.tensor,
+    x_zero: tl.tensor,
+    weight: tl.tensor,
+    weight_scale: tl.tensor,
+    weight_zero: tl.tensor,
+    bias: tl.tensor,
+    y: tl.tensor,
+    places: tl.tensor,
+    depth: tl.tensor,
+    height: tl.tensor,
+    width: tl.tensor,
+    y_height: tl.tensor,
+    y_width: tl.tensor,
+    group_channels: tl.tensor,
+    row_bytes: tl.tensor,
+    GROUPS: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    IS_PREPARED: tl.constexpr,
+    BITS: tl.constexpr,
+    OFFSET: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
+    """Computes some output channels of a group at some of all `places` (picture, row, column)."""
+    n_blocks = tl.cdiv(group_channels, BLOCK_N)
+    program = tl.program_id(0)
+    group = program % GROUPS
+    n_block = program // GROUPS % n_blocks
+    m = (program // GROUPS // n_blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n_inside = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = (group * group_channels + n_inside).to(tl.int64)
+    m_valid, n_valid = m < places, n_inside < group_channels
+    picture = m // (y_height * y_width)
+    place = (m % (y_height * y_width)).to(tl.int32)
+    top = place // y_width * STRIDE_H - PADDING_H
+    left_edge = place % y_width * STRIDE_W - PADDING_W
+    planes = x + (picture * GROUPS + group) * depth * height * width
+    weight_rows = weight + n * row_bytes
+    zero_code = tl.load(x_zero)
+    terms = depth * KERNEL_H * KERNEL_W
+    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    x_sums = tl.zeros((BLOCK_M,), tl.int32)
+    weight_sums = tl.zeros((BLOCK_N,), tl.int32)
+    for k_start in range(0, terms, BLOCK_K):
+        k = k_start + tl.arange(0, BLOCK_K)
+        inside = k < terms
+        channel = k // (KERNEL_H * KERNEL_W)
+        row = top[:, None] + (k // KERNEL_W % KERNEL_H * DILATION_H)[None, :]
+        column = left_edge[:, None] + (k % KERNEL_W * DILATION_W)[None, :]
+        there = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        codes = tl.load(
+            planes[:, None] + (channel * height * width)[None, :] + row * width + column,
+            mask=m_valid[:, None] & inside[None, :] & there,
+            other=0,
+        )
+        codes = tl.where(there, codes, zero_code.to(tl.uint8))
+        codes = tl.where(inside[None, :], codes ^ 128, 0)
+        left = codes.to(tl.int8, bitcast=True)
+        if IS_PREPARED:
+            right = tl.load(
+                weight_rows[:, None] + k[None, :],
+                mask=n_valid[:, None] & inside[None, :],
+                other=0,
+            )
+        else:
+            right = unpacked(weight_rows, n_valid, k_start, terms, BITS, BLOCK_K)
+        sums = tl.dot(left, tl.trans(right), sums, out_dtype=tl.int32)
+        x_sums += tl.sum(left.to(tl.int32), 1)
+        weight_sums += tl.sum(right.to(tl.int32), 1)
+    weight_shift = tl.load(weight_zero + n, mask=n_valid, other=0) - OFFSET
+    column_sums = weight_sums - terms * weight_shift
+    sums -= x_sums[:, None] * weight_shift[None, :] + (zero_code - 128) * column_sums[None, :]
+    channel_scale = tl.load(weight_scale + n, mask=n_valid, other=0.0)
+    result = sums.to(tl.float32) * (tl.load(x_scale) * channel_scale)[None, :]
+    if HAS_BIAS:
+        result += tl.load(bias + n, mask=n_valid, other=0.0)[None, :]
+    area = y_height * y_width
+    target = (picture * (GROUPS * group_channels))[:, None] + n[None, :]
+    tl.store(y + target * area + place[:, None], result, mask=m_valid[:, None] & n_valid[None, :])
+
+
+def conv2d(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero: Tensor,
+    bias: Tensor | None,
+    weight_bits: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Integer convolution; see `qtool.engine.ops.conv2d`."""
+    x, weight = x.contiguous(), weight.contiguous()
+    size = output_size(
+        x.shape[2:], kernel=kernel, stride=stride, padding=padding, dilation=dilation
+    )
+    prepared = weight.dtype == torch.int8
+    y = weight_scale.new_empty(len(x), len(weight), *size)
+    if y.numel() == 0:
+        return y
+    group_channels = len(weight) // groups
+    tile = WIDE if group_channels > NARROW["BLOCK_N"] else NARROW
+    places = len(x) * size[0] * size[1]
+    blocks = triton.cdiv(places, tile["BLOCK_M"]) * triton.cdiv(group_channels, tile["BLOCK_N"])
+    with torch.cuda.device_of(x):
+        conv2d_kernel[(blocks * groups,)](
+            x,
+            x_scale,
+            x_zero,
+            weight,
+            weight_scale.contiguous(),
+            weight_zero.contiguous(),
+            None if bias is None else bias.contiguous(),
+            y,
+            places,
+            x.shape[1] // groups,
+            x.shape[2],
+            x.shape[3],
+            *size,
+            group_channels,
+            weight.shape[1],
+            GROUPS=groups,
+            KERNEL_H=kernel[0],
+            KERNEL_W=kernel[1],
+            STRIDE_H=stride[0],
+            STRIDE_W=stride[1],
+            PADDING_H=padding[0],
+            PADDING_W=padding[1],
+            DILATION_H=dilation[0],
+            DILATION_W=dilation[1],
+            HAS_BIAS=bias is not None,
+            IS_PREPARED=prepared,
+            BITS=weight_bits,
+            OFFSET=2 ** (weight_bits - 1) if prepared or weight_bits == 8 else 0,
+            **tile,
+            **OPTIONS,
+        )
+    return y

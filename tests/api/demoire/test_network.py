@@ -1,0 +1,52 @@
+"""Which weights a run takes, and how much memory its network may have."""
+
+import pytest
+import torch
+
+from qtool.api.demoire import network as networks
+from qtool.errors import CheckpointError, MissingError
+from qtool.models import demoire
+from qtool.settings.demoire import DemoireSettings
+
+
+def test_named_weights_are_taken_and_must_fit_the_model(weights):
+    settings = DemoireSettings(out="x", weights=weights, model="esdnet")
+    with pytest.raises(CheckpointError, match="weights of esdnet_s, not of esdnet"):
+        networks.open_network(settings)
+    opened = networks.open_network(settings.model_copy(update={"model": None}))
+    restorer = networks.make_restorer(opened, torch.device("cpu"))
+    assert restorer.multiple == 64
+    assert restorer.result == 0
+
+
+def test_variants_reach_the_network(tmp_path):
+    torch.save(demoire.build("mbcnn").state_dict(), tmp_path / "m.pth")
+    settings = DemoireSettings(
+        out="x", weights=tmp_path / "m.pth", head="linear", transform="signed"
+    )
+    opened = networks.open_network(settings)
+    assert opened.module.head == "linear"
+    assert opened.spec.result == 2
+
+
+def test_absent_weights(tmp_path):
+    with pytest.raises(CheckpointError, match="is not a file"):
+        networks.weights_sha256(DemoireSettings(out="x", weights=tmp_path / "none.pth"))
+    with pytest.raises(MissingError, match="57 MB"):
+        networks.weights_path(DemoireSettings(out="x", model="mbcnn"))
+
+
+def test_a_bound_counts_what_is_held_already():
+    settings = DemoireSettings(out="x", max_memory="8G")
+    cpu = torch.device("cpu")
+    small = networks.memory_for_network(settings, cpu, 10**6)
+    large = networks.memory_for_network(settings, cpu, 10**8)
+    assert 0 < networks.resident_memory() < 8 * 2**30
+    assert small - large == 99 * 10**6 * 48
+    assert small < 8 * 2**30 - networks.resident_memory() + 2**28
+
+
+def test_without_a_bound_a_share_of_free_memory_is_taken():
+    free = networks.free_memory()
+    share = networks.memory_for_network(DemoireSettings(out="x"), torch.device("cpu"), 0)
+    assert 0 < share < free * 1.2
