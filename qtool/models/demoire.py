@@ -63,6 +63,7 @@ NETWORKS: tuple[DemoireSpec, ...] = (
         residual=True,
         scales=(1,),
         parameters=0.119,
+        bytes_per_pixel=500,
         paper="qtool",
         bundled=BUNDLED,
     ),
