@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import typer.core
-from typer.main import get_command
 
-from qtool.cli.app import app, main
+from qtool.cli.app import main
+from qtool.cli.program import program
 from qtool.models.registry import MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +28,7 @@ def all_commands():
         else:
             found.append((" ".join(words), command))
 
-    walk([], get_command(app))
+    walk([], program())
     return found
 
 

@@ -90,33 +90,33 @@ def moire(
         return run.show(api.synthesize_moire(run.settings, progress=run.progress))
 
 
-def register(app: typer.Typer) -> None:
-    """Add `images` and `moire` to the group `synthesize`."""
-    add_command(
-        app,
-        images,
-        name="images",
-        settings=SynthesizeSettings,
-        summary="Make calibration pictures from a classifier alone, without any data.",
-        examples=(
-            "qtool synthesize images demo_vit -o pictures/",
-            "qtool synthesize images vit_b -o pictures/ --count 64 --effort quick",
-            "qtool synthesize images swin_t -o pictures/ --classes 0-9,17 --seed 1",
-        ),
-        details="Writes PNG files to look at, one safetensors file with the exact tensors, and a "
-        "contact sheet.",
-    )
-    add_command(
-        app,
-        moire,
-        name="moire",
-        settings=MoireSettings,
-        summary="Make pairs of pictures with and without moire, to train a demoire network on.",
-        examples=(
-            "qtool synthesize moire --simulate --clean photos/ -o pairs/ --count 500",
-            "qtool synthesize moire --moire screen/ --clean photos/ -o pairs/",
-            "qtool synthesize moire --moire screen/ --clean photos/ -o p/ --groups 1",
-        ),
-        details="Without --simulate, a network learns to paint the moire of your photographs onto "
-        "clean pictures of anything else. That takes hours without a GPU.",
-    )
+def register(app: typer.Typer, words: str) -> None:
+    """Add `images` or `moire` to the group `synthesize`."""
+    if words == "synthesize images":
+        add_command(
+            app,
+            images,
+            words=words,
+            settings=SynthesizeSettings,
+            examples=(
+                "qtool synthesize images demo_vit -o pictures/",
+                "qtool synthesize images vit_b -o pictures/ --count 64 --effort quick",
+                "qtool synthesize images swin_t -o pictures/ --classes 0-9,17 --seed 1",
+            ),
+            details="Writes PNG files to look at, one safetensors file with the exact tensors, and "
+            "a contact sheet.",
+        )
+    else:
+        add_command(
+            app,
+            moire,
+            words=words,
+            settings=MoireSettings,
+            examples=(
+                "qtool synthesize moire --simulate --clean photos/ -o pairs/ --count 500",
+                "qtool synthesize moire --moire screen/ --clean photos/ -o pairs/",
+                "qtool synthesize moire --moire screen/ --clean photos/ -o p/ --groups 1",
+            ),
+            details="Without --simulate, a network learns to paint the moire of your photographs "
+            "onto clean pictures of anything else. That takes hours without a GPU.",
+        )

@@ -61,14 +61,13 @@ def demoire(
         return run.show(api.train_demoire(run.settings, progress=run.progress))
 
 
-def register(app: typer.Typer) -> None:
+def register(app: typer.Typer, words: str) -> None:
     """Add `demoire` to the group `train`."""
     add_command(
         app,
         demoire,
-        name="demoire",
+        words=words,
         settings=TrainDemoireSettings,
-        summary="Train a demoire network on pairs, or on photographs of your own screen.",
         examples=(
             "qtool train demoire --moire a/ --clean b/ -o mine.safetensors --budget 60",
             "qtool train demoire pairs/ --init none -o new.safetensors",
