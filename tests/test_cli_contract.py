@@ -14,7 +14,17 @@ from PIL import Image
 from qtool.cli.app import main
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ["synthesize images", "quantize", "switch-bits", "demoire", "eval", "models", "info"]
+COMMANDS = [
+    "synthesize images",
+    "synthesize moire",
+    "train demoire",
+    "quantize",
+    "switch-bits",
+    "demoire",
+    "eval",
+    "models",
+    "info",
+]
 KEYS = ["schema", "command", "status", "items", "summary"]
 
 
@@ -92,6 +102,10 @@ def test_a_wrong_flag_is_one_json_object(qtool, command):
         ("quantize demo_vit --synthetic nowhere", "nowhere"),
         ("eval demo_vit --data nowhere", "nowhere"),
         ("quantize demo_vit", "--data-free"),
+        ("synthesize moire -o d", "--simulate"),
+        ("synthesize moire --moire nowhere --clean nowhere -o d", "nowhere"),
+        ("train demoire nowhere --init none -o w", "nowhere"),
+        ("train demoire -o w", "--moire"),
         ("demoire nowhere -o out", "nowhere"),
         ("demoire -o out", "no photographs"),
         ("demoire . -o out --tile 8", "--tile"),

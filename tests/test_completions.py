@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import typer.core
-from typer.main import get_command
 
-from qtool.cli.app import app, main
+from qtool.cli.app import main
+from qtool.cli.program import program
 from qtool.models.registry import MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +28,7 @@ def all_commands():
         else:
             found.append((" ".join(words), command))
 
-    walk([], get_command(app))
+    walk([], program())
     return found
 
 
@@ -69,7 +69,7 @@ def test_every_option_of_every_command_completes(complete, words, command):
 
 def test_commands_complete(complete):
     assert complete("qu") == ["quantize"]
-    assert complete("synthesize ") == ["images"]
+    assert complete("synthesize ") == ["images", "moire"]
 
 
 @pytest.mark.parametrize("words", ["quantize", "synthesize images", "eval", "eval --baseline"])

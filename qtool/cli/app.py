@@ -10,88 +10,22 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from typer.core import TyperGroup
-from typer.main import get_command
 
-from qtool.cli import demoire, evaluate, models, quantize, switch_bits, synthesize
+from qtool.cli.commands import GROUPS
 from qtool.cli.console import (
     Look,
+    as_qtool_error,
     failure,
     show_error,
     show_result,
     wants_color,
     write_text,
 )
-from qtool.cli.session import as_qtool_error
-from qtool.cli.version import version_line
+from qtool.cli.program import completed_words, program
 from qtool.errors import QtoolError, UsageError
-
-_EXAMPLES = (
-    "\b\n"
-    "qtool quantize demo_vit --bits w4a4 --data-free\n"
-    "qtool eval demo_vit-w4a4.safetensors --baseline demo_vit\n"
-    "qtool demoire photos/ --out clean/\n"
-    "qtool models"
-)
-_EXIT_CODES = """Exit codes
-  0 done
-  1 failed
-  2 the request is wrong
-  3 some items failed, the rest is written
-  4 something is missing: weights, CUDA, an extra
-  5 a quality gate was not met (eval --min)
-  130 Ctrl-C, 143 SIGTERM"""
-
-app = typer.Typer(
-    name="qtool",
-    help=f"{_EXAMPLES}\n\nLow-bit quantization of vision models, with or without data.",
-    epilog=_EXIT_CODES,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    invoke_without_command=True,
-)
-_synthesis = typer.Typer(
-    help="\b\nqtool synthesize images demo_vit -o pictures/\n"
-    "qtool synthesize images vit_b -o pictures/ --count 64\n\n"
-    "Make training or calibration pictures.",
-    short_help="Make training or calibration pictures.",
-    invoke_without_command=True,
-)
-
-
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        write_text(version_line() + "\n", sys.stdout)
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    ctx: typer.Context,
-    version: Annotated[
-        bool,
-        typer.Option("--version", help="Show versions.", is_eager=True, callback=_show_version),
-    ] = False,
-) -> None:
-    _help_if_alone(ctx)
-
-
-@_synthesis.callback()
-def _help_if_alone(ctx: typer.Context) -> None:
-    if ctx.invoked_subcommand is None:
-        ctx.get_help()
-        raise typer.Exit
-
-
-synthesize.register(_synthesis)
-app.add_typer(_synthesis, name="synthesize")
-quantize.register(app)
-switch_bits.register(app)
-demoire.register(app)
-evaluate.register(app)
-models.register(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -127,9 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(words: list[str], look: Look) -> int:
     if os.environ.get("_QTOOL_COMPLETE", "").startswith("source_"):
         return _print_completion()
-    if not words or {"-h", "--help"} & set(words) or words == ["synthesize"]:
+    if not words or {"-h", "--help"} & set(words) or words in [[group.name] for group in GROUPS]:
         _colour_help(look)
-    code = get_command(app).main(args=words, prog_name="qtool", standalone_mode=False)
+    asked = completed_words() if "_QTOOL_COMPLETE" in os.environ else words
+    code = program(asked).main(args=words, prog_name="qtool", standalone_mode=False)
     if code == 130:  # typer has swallowed Ctrl-C
         raise KeyboardInterrupt
     return int(code or 0)
@@ -155,7 +90,7 @@ def _report(error: QtoolError, words: list[str], look: Look) -> int:
 
 def _command_words(words: Sequence[str]) -> str:
     """The leading words that name a command, even where the rest cannot be parsed."""
-    command: Any = get_command(app)
+    command: Any = program([])
     named: list[str] = []
     for word in words:
         command = command.commands.get(word) if isinstance(command, TyperGroup) else None
@@ -188,7 +123,7 @@ def _print_completion() -> int:
     code = 0
     with contextlib.redirect_stdout(script):
         try:
-            get_command(app).main(args=[], prog_name="qtool")
+            program([]).main(args=[], prog_name="qtool")
         except SystemExit as leaving:
             code = leaving.code if isinstance(leaving.code, int) else 1
     text = script.getvalue().strip()

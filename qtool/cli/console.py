@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from qtool.errors import QtoolError
+from qtool.errors import QtoolError, UsageError
 from qtool.report import Result, Table, cell, is_number
 
 ColorMode = Literal["auto", "always", "never"]
@@ -149,6 +149,22 @@ def show_result(result: Result, look: Look) -> None:
             show_error(f"{item.get('path', '?')}: {item.get('error', 'failed')}", "", look)
     if result.status == "failed" and "error" in result.summary:
         show_error(str(result.summary["error"]), str(result.summary.get("remedy", "")), look)
+
+
+def as_qtool_error(error: Exception) -> QtoolError:
+    """The error itself if it is qtool's own, else one that says what can be said about it."""
+    if isinstance(error, QtoolError):
+        return error
+    if hasattr(error, "format_message"):  # typer's own errors about the command line
+        path = getattr(getattr(error, "ctx", None), "command_path", "qtool")
+        return UsageError(error.format_message(), remedy=f"see `{path} --help`")
+    if isinstance(error, OSError) and error.strerror:
+        name = f"{error.filename}: " if error.filename else ""
+        return QtoolError(f"{name}{error.strerror}")
+    return QtoolError(
+        f"unexpected {type(error).__name__}: {error}",
+        remedy="this is a fault of qtool; QTOOL_DEBUG=1 shows where it happened",
+    )
 
 
 def failure(command: str, error: QtoolError, remedy: str) -> Result:

@@ -151,14 +151,13 @@ def _listed(settings: DemoireSettings) -> list[str]:
     return [name.decode(sys.getfilesystemencoding(), "surrogateescape") for name in names if name]
 
 
-def register(app: typer.Typer) -> None:
+def register(app: typer.Typer, words: str) -> None:
     """Add the command to the program."""
     add_command(
         app,
         demoire,
-        name="demoire",
+        words=words,
         settings=DemoireSettings,
-        summary="Take moire out of photographs of screens; metadata, depth and profile stay.",
         examples=(
             "qtool demoire photos/ --out clean/",
             "qtool demoire photos/ --out clean/ --skip-existing --preview clean.html",

@@ -94,14 +94,13 @@ def evaluate(
         return run.show(api.evaluate(run.settings, progress=run.progress))
 
 
-def register(app: typer.Typer) -> None:
+def register(app: typer.Typer, words: str) -> None:
     """Add the command to the program."""
     add_command(
         app,
         evaluate,
-        name="eval",
+        words=words,
         settings=EvaluateSettings,
-        summary="Measure accuracy and latency of a model, or how good restored pictures are.",
         examples=(
             "qtool eval demo_vit-w4a4.safetensors --baseline demo_vit",
             "qtool eval vit_b-w4a4.safetensors --data imagenet/val --report report.html",

@@ -37,21 +37,24 @@ def info(
         return run.show(api.info(run.settings, progress=run.progress))
 
 
-def register(app: typer.Typer) -> None:
-    """Add both commands to the program."""
-    add_command(
-        app,
-        models,
-        name="models",
-        settings=ModelsSettings,
-        summary="List the models that can be used, with size, licence and paper.",
-        examples=("qtool models", "qtool models 'swin_*'"),
-    )
-    add_command(
-        app,
-        info,
-        name="info",
-        settings=InfoSettings,
-        summary="Describe a checkpoint from its header, without reading the weights.",
-        examples=("qtool info vit_b-w4a4.safetensors", "qtool info vit_b-w4a4.safetensors --json"),
-    )
+def register(app: typer.Typer, words: str) -> None:
+    """Add one of the two commands to the program."""
+    if words == "models":
+        add_command(
+            app,
+            models,
+            words=words,
+            settings=ModelsSettings,
+            examples=("qtool models", "qtool models 'swin_*'"),
+        )
+    else:
+        add_command(
+            app,
+            info,
+            words=words,
+            settings=InfoSettings,
+            examples=(
+                "qtool info vit_b-w4a4.safetensors",
+                "qtool info vit_b-w4a4.safetensors --json",
+            ),
+        )

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from typer.models import ArgumentInfo, OptionInfo
 
+from qtool.cli.commands import SUMMARIES
 from qtool.cli.console import ColorMode
 from qtool.quant.bits import WEIGHT_BITS
 from qtool.settings.base import DEVICES, Backend, CommonSettings, DType, Settings, WriterSettings
@@ -208,10 +209,9 @@ def add_command(
     app: typer.Typer,
     body: Callable[..., int],
     *,
-    name: str,
+    words: str,
     settings: type[CommonSettings],
     examples: Sequence[str],
-    summary: str,
     details: str = "",
 ) -> None:
     """Register a command: its own options, then the shared ones.
@@ -220,10 +220,9 @@ def add_command(
         app: Where to register.
         body: Takes the context and its own options, which its settings read from the context;
             returns the exit code.
-        name: The last word of the command.
+        words: What people type; its summary stands in `qtool.cli.commands`.
         settings: The command's settings; writers get the options for existing output as well.
         examples: Lines of shell that work, two or three.
-        summary: One sentence.
         details: Further paragraphs of help.
     """
     own = inspect.signature(body, eval_str=True)
@@ -239,5 +238,6 @@ def add_command(
 
     command.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    summary = SUMMARIES[words]
     help_text = "\n\n".join(filter(None, ["\b\n" + "\n".join(examples), summary, details]))
-    app.command(name, help=help_text, short_help=summary)(command)
+    app.command(words.rpartition(" ")[2], help=help_text, short_help=summary)(command)

@@ -73,14 +73,13 @@ def quantize(
         return run.show(api.quantize(run.settings, progress=run.progress))
 
 
-def register(app: typer.Typer) -> None:
+def register(app: typer.Typer, words: str) -> None:
     """Add the command to the program."""
     add_command(
         app,
         quantize,
-        name="quantize",
+        words=words,
         settings=QuantizeSettings,
-        summary="Quantize a model to low-bit integers and write one safetensors file.",
         examples=(
             "qtool quantize demo_vit --bits w4a4 --data-free",
             "qtool quantize vit_b -b w4a8 --calib photos/ --keep 'head=8'",

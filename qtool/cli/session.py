@@ -12,9 +12,8 @@ from typing import Any, Generic, TypeVar
 import typer
 
 from qtool.cli import config
-from qtool.cli.console import Look, Terminal, logs, show_result, write_text
+from qtool.cli.console import Look, Terminal, as_qtool_error, logs, show_result, write_text
 from qtool.cli.progress import ProgressReporter, progress_mode
-from qtool.errors import QtoolError, UsageError
 from qtool.report import Result
 from qtool.settings.base import CommonSettings
 
@@ -77,22 +76,6 @@ def session(ctx: typer.Context, model: type[S]) -> Iterator[Session[S]]:
         except Exception as error:
             logging.getLogger("qtool.cli").debug("%s", type(error).__name__, exc_info=True)
             raise as_qtool_error(error) from error
-
-
-def as_qtool_error(error: Exception) -> QtoolError:
-    """The error itself if it is qtool's own, else one that says what can be said about it."""
-    if isinstance(error, QtoolError):
-        return error
-    if hasattr(error, "format_message"):  # typer's own errors about the command line
-        path = getattr(getattr(error, "ctx", None), "command_path", "qtool")
-        return UsageError(error.format_message(), remedy=f"see `{path} --help`")
-    if isinstance(error, OSError) and error.strerror:
-        name = f"{error.filename}: " if error.filename else ""
-        return QtoolError(f"{name}{error.strerror}")
-    return QtoolError(
-        f"unexpected {type(error).__name__}: {error}",
-        remedy="this is a fault of qtool; QTOOL_DEBUG=1 shows where it happened",
-    )
 
 
 def _dump(

@@ -49,14 +49,13 @@ def switch_bits(
         return run.show(api.switch_bits(run.settings, progress=run.progress))
 
 
-def register(app: typer.Typer) -> None:
+def register(app: typer.Typer, words: str) -> None:
     """Add the command to the program."""
     add_command(
         app,
         switch_bits,
-        name="switch-bits",
+        words=words,
         settings=SwitchBitsSettings,
-        summary="Choose the widths at which a switchable checkpoint runs.",
         examples=(
             "qtool switch-bits vit_b.safetensors --list",
             "qtool switch-bits vit_b.safetensors --bits 4 --in-place",

@@ -1,4 +1,4 @@
-"""`qtool synthesize images`."""
+"""`qtool synthesize images` and `qtool synthesize moire`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 from qtool.cli.options import OUTPUT, add_command, argument, complete_models, option
 from qtool.cli.session import session
 from qtool.settings.base import Effort
+from qtool.settings.moire import MoireSettings, MoireTone
 from qtool.settings.synthesize import SynthesisMethod, SynthesizeSettings
 
 
@@ -51,19 +52,71 @@ def images(
         return run.show(api.synthesize_images(run.settings, progress=run.progress))
 
 
-def register(app: typer.Typer) -> None:
-    """Add `images` to the group `synthesize`."""
-    add_command(
-        app,
-        images,
-        name="images",
-        settings=SynthesizeSettings,
-        summary="Make calibration pictures from a classifier alone, without any data.",
-        examples=(
-            "qtool synthesize images demo_vit -o pictures/",
-            "qtool synthesize images vit_b -o pictures/ --count 64 --effort quick",
-            "qtool synthesize images swin_t -o pictures/ --classes 0-9,17 --seed 1",
-        ),
-        details="Writes PNG files to look at, one safetensors file with the exact tensors, and a "
-        "contact sheet.",
-    )
+def moire(
+    ctx: typer.Context,
+    moire: Annotated[Path | None, option(MoireSettings, "moire", "--moire", metavar="DIR")] = None,
+    clean: Annotated[Path | None, option(MoireSettings, "clean", "--clean", metavar="DIR")] = None,
+    simulate: Annotated[bool | None, option(MoireSettings, "simulate", "--simulate")] = None,
+    count: Annotated[int | None, option(MoireSettings, "count", "--count")] = None,
+    patch_size: Annotated[int | None, option(MoireSettings, "patch_size", "--patch-size")] = None,
+    pages: Annotated[float | None, option(MoireSettings, "pages", "--pages")] = None,
+    tone: Annotated[MoireTone | None, option(MoireSettings, "tone", "--tone")] = None,
+    groups: Annotated[
+        int | None, option(MoireSettings, "groups", "--groups", metavar="[1|2|4]")
+    ] = None,
+    steps: Annotated[int | None, option(MoireSettings, "steps", "--steps")] = None,
+    batch_size: Annotated[int | None, option(MoireSettings, "batch_size", "--batch-size")] = None,
+    width: Annotated[int | None, option(MoireSettings, "width", "--width")] = None,
+    denoise: Annotated[
+        bool | None, option(MoireSettings, "denoise", "--denoise/--no-denoise")
+    ] = None,
+    generator: Annotated[
+        Path | None, option(MoireSettings, "generator", "--generator", metavar="FILE")
+    ] = None,
+    save_generator: Annotated[
+        Path | None,
+        option(MoireSettings, "save_generator", "--save-generator", panel=OUTPUT, metavar="FILE"),
+    ] = None,
+    out: Annotated[
+        Path | None, option(MoireSettings, "out", "--out", "-o", panel=OUTPUT, metavar="DIR")
+    ] = None,
+) -> int:
+    """Make pairs with and without moire."""
+    with session(ctx, MoireSettings) as run:
+        from qtool.api import moire as api
+
+        if run.settings.dry_run:
+            return run.show(api.plan_moire(run.settings))
+        return run.show(api.synthesize_moire(run.settings, progress=run.progress))
+
+
+def register(app: typer.Typer, words: str) -> None:
+    """Add `images` or `moire` to the group `synthesize`."""
+    if words == "synthesize images":
+        add_command(
+            app,
+            images,
+            words=words,
+            settings=SynthesizeSettings,
+            examples=(
+                "qtool synthesize images demo_vit -o pictures/",
+                "qtool synthesize images vit_b -o pictures/ --count 64 --effort quick",
+                "qtool synthesize images swin_t -o pictures/ --classes 0-9,17 --seed 1",
+            ),
+            details="Writes PNG files to look at, one safetensors file with the exact tensors, and "
+            "a contact sheet.",
+        )
+    else:
+        add_command(
+            app,
+            moire,
+            words=words,
+            settings=MoireSettings,
+            examples=(
+                "qtool synthesize moire --simulate --clean photos/ -o pairs/ --count 500",
+                "qtool synthesize moire --moire screen/ --clean photos/ -o pairs/",
+                "qtool synthesize moire --moire screen/ --clean photos/ -o p/ --groups 1",
+            ),
+            details="Without --simulate, a network learns to paint the moire of your photographs "
+            "onto clean pictures of anything else. That takes hours without a GPU.",
+        )

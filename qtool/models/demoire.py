@@ -13,7 +13,7 @@ from qtool.errors import UsageError
 if TYPE_CHECKING:
     from torch import nn
 
-BUNDLED = "demoire_esdnet_s.safetensors"
+BUNDLED = "demoire_bandgate.safetensors"
 """File below `assets/` with the weights that are used when none are named."""
 
 
@@ -56,6 +56,18 @@ _FINE_FIRST = (1, 2, 4)
 
 NETWORKS: tuple[DemoireSpec, ...] = (
     DemoireSpec(
+        name="bandgate",
+        builder="qtool.models.bandgate:BandGate",
+        arguments=MappingProxyType({"octaves": 5, "width": 32}),
+        size_multiple=32,
+        residual=True,
+        scales=(1,),
+        parameters=0.119,
+        bytes_per_pixel=500,
+        paper="qtool",
+        bundled=BUNDLED,
+    ),
+    DemoireSpec(
         name="esdnet_s",
         builder="qtool.models.esdnet:ESDNet",
         arguments=MappingProxyType(
@@ -74,7 +86,6 @@ NETWORKS: tuple[DemoireSpec, ...] = (
         parameters=1.44,
         bytes_per_pixel=220,
         paper=f"{_ESDNET} (building blocks)",
-        bundled=BUNDLED,
     ),
     DemoireSpec(
         name="esdnet",

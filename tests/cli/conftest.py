@@ -62,6 +62,8 @@ def fake_api(monkeypatch):
     rooms = {
         "quantize": ("quantize", "plan"),
         "synthesize": ("synthesize_images", "plan_images"),
+        "moire": ("synthesize_moire", "plan_moire"),
+        "train": ("train_demoire", "plan_demoire"),
         "evaluate": ("evaluate", "plan"),
         "models": ("list_models", "info"),
     }

@@ -5,18 +5,23 @@ import shlex
 
 import pytest
 import typer.core
-from typer.main import get_command
 
-from qtool.cli import evaluate, models, quantize, synthesize
-from qtool.cli.app import app
+from qtool.cli.commands import spoken
+from qtool.cli.program import program
 from qtool.settings.base import WriterSettings
+from qtool.settings.demoire import DemoireSettings
 from qtool.settings.evaluate import EvaluateSettings
 from qtool.settings.models import InfoSettings, ModelsSettings
+from qtool.settings.moire import MoireSettings
 from qtool.settings.quantize import QuantizeSettings
 from qtool.settings.synthesize import SynthesizeSettings
+from qtool.settings.train import TrainDemoireSettings
 
 COMMANDS = {
+    "demoire": DemoireSettings,
     "synthesize images": SynthesizeSettings,
+    "synthesize moire": MoireSettings,
+    "train demoire": TrainDemoireSettings,
     "quantize": QuantizeSettings,
     "eval": EvaluateSettings,
     "models": ModelsSettings,
@@ -47,7 +52,7 @@ WRITER = ["-o", "--out", "--overwrite", "--skip-existing", "--resume"]
 
 
 def command_of(words):
-    command = get_command(app)
+    command = program()
     for word in words.split():
         assert isinstance(command, typer.core.TyperGroup)
         command = command.commands[word]
@@ -55,13 +60,20 @@ def command_of(words):
 
 
 def test_the_table_names_every_command():
-    root = get_command(app)
+    root = program()
     names = []
     for name, command in root.commands.items():
         inner = command.commands if isinstance(command, typer.core.TyperGroup) else {}
         names += [f"{name} {word}" for word in inner] or [name]
     assert sorted(names) == sorted(COMMANDS)
-    assert all(hasattr(room, "register") for room in (evaluate, models, quantize, synthesize))
+
+
+def test_only_the_commands_that_are_asked_for_are_imported():
+    root = program(["quantize", "demo_vit"])
+    assert {param.name for param in root.commands["quantize"].params} > {"bits", "seed"}
+    assert root.commands["eval"].params == []
+    assert spoken(["synthesize"]) == set()
+    assert spoken(["synthesize", "-q", "images"]) == {"synthesize"}
 
 
 @pytest.mark.parametrize(("words", "settings"), COMMANDS.items())
@@ -101,16 +113,16 @@ def test_help_starts_with_examples_and_shows_defaults(
 @pytest.mark.parametrize("words", COMMANDS)
 def test_examples_are_true(qtool_run, words):
     examples = re.findall(r"^qtool .*$", command_of(words).help, re.MULTILINE)
-    assert 2 <= len(examples) <= 3
+    assert 2 <= len(examples) <= 4
     for example in examples:
         assert len(example) < 78
         ran = qtool_run(*shlex.split(example)[1:], "--dump-config")
         assert (ran.code, ran.err) == (0, "")
 
 
-@pytest.mark.parametrize("words", ["", "synthesize"])
+@pytest.mark.parametrize("words", ["", "synthesize", "train"])
 def test_group_examples_are_true(qtool_run, words):
     examples = re.findall(r"^qtool .*$", command_of(words).help, re.MULTILINE)
-    assert 2 <= len(examples) <= 3
+    assert 2 <= len(examples) <= 4
     for example in examples:
         assert qtool_run(*shlex.split(example)[1:], "--dump-config").code == 0

@@ -32,7 +32,7 @@ def test_the_registry_describes_what_is_built(spec):
 
 def test_names_are_unique_and_one_network_is_bundled():
     assert len({spec.name for spec in demoire.NETWORKS}) == len(demoire.NETWORKS)
-    assert [spec.name for spec in demoire.NETWORKS if spec.bundled] == ["esdnet_s"]
+    assert [spec.name for spec in demoire.NETWORKS if spec.bundled] == ["bandgate"]
 
 
 def test_arguments_replace_those_of_the_registry():

@@ -1,0 +1,182 @@
+"""Training of a demoire network on batches from anywhere, step by step and resumable.
+
+AdamW with a short warm-up and half a cosine; a running average of the weights is what is measured
+and kept, because a short training ends far from rest.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qtool.methods.undem.batches import BatchSource
+from qtool.methods.undem.losses import EDGE_WEIGHT, mean_of_kept, restoration_loss
+
+_NETWORK, _AVERAGE, _OPTIMIZER, _GENERATOR = "network/", "average/", "optimizer/", "generator"
+_STEP = "step"
+_GOOD_ENOUGH = 1e-4
+"""Squared error, 40 dB, below which a sample is as good as it needs to be: without such a cap,
+clean samples that come back exactly would outweigh all others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How a demoire network is trained.
+
+    Attributes:
+        steps: Optimiser steps in all.
+        batch_size: Samples a step.
+        learning_rate: The highest.
+        warmup: Steps until then.
+        average: Decay of the running average of the weights.
+        edge_weight: Weight of the edge loss.
+        harmless: Loss of a sample below which it counts little how much lower it is. The logarithm
+            of loss plus this is minimised: a clean picture that is spoilt a little then weighs as
+            much as strong moire that is left standing.
+        clip: Largest norm of the gradient.
+        seed: Of the batches.
+        bfloat16: Whether the network runs in bfloat16.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup: int = 50
+    average: float = 0.995
+    edge_weight: float = EDGE_WEIGHT
+    harmless: float = 0.03
+    clip: float = 1.0
+    seed: int = 0
+    bfloat16: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as JSON types."""
+        return asdict(self)
+
+
+def rate_at(step: int, *, steps: int, warmup: int) -> float:
+    """Share of the highest learning rate: a linear rise, then half a cosine down to a hundredth."""
+    if step < warmup:
+        return (step + 1) / warmup
+    position = (step - warmup) / max(1, steps - warmup)
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, position)))
+
+
+class RestorationTrainer:
+    """A demoire network in training.
+
+    Args:
+        network: Takes (B, 3, S, S), returns pictures of several scales; trained in place.
+        source: Where batches come from.
+        config: How to train.
+    """
+
+    def __init__(self, network: nn.Module, source: BatchSource, config: TrainingConfig) -> None:
+        self.network = network
+        self.average = copy.deepcopy(network).eval().requires_grad_(False)
+        self.source = source
+        self.config = config
+        self.step_index = 0
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.device = next(network.parameters()).device
+        self.optimizer = torch.optim.AdamW(
+            network.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4
+        )
+
+    def step(self) -> float | None:
+        """Take one step.
+
+        Returns:
+            Mean loss of the samples that were kept, or None when there was none.
+        """
+        config = self.config
+        rate = rate_at(self.step_index, steps=config.steps, warmup=config.warmup)
+        self.optimizer.param_groups[0]["lr"] = config.learning_rate * rate
+        batch = self.source.draw(config.batch_size, self.generator)
+        self.step_index += 1
+        self.network.train()
+        moire, clean = batch.moire.to(self.device), batch.clean.to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bfloat16):
+            outputs = self.network(moire)
+        losses = restoration_loss(
+            [output.float() for output in outputs], clean, edge_weight=config.edge_weight
+        )
+        kept = batch.kept.to(self.device)
+        loss = mean_of_kept((losses + config.harmless).log(), kept)
+        if loss is None:
+            return None
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.network.parameters(), config.clip)
+        self.optimizer.step()
+        self._update_average()
+        return float((losses.detach() * kept).sum() / kept.sum())
+
+    def _update_average(self) -> None:
+        # Early on the average must not remember the untrained weights.
+        decay = min(self.config.average, (1 + self.step_index) / (10 + self.step_index))
+        with torch.no_grad():
+            for kept, new in zip(self.average.parameters(), self.network.parameters(), strict=True):
+                kept.lerp_(new, 1 - decay)
+
+    def state(self) -> dict[str, Tensor]:
+        """All that a later run needs to go on as if never stopped."""
+        tensors = {f"{_NETWORK}{k}": v for k, v in self.network.state_dict().items()}
+        tensors |= {f"{_AVERAGE}{k}": v for k, v in self.average.state_dict().items()}
+        for index, slots in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"{_OPTIMIZER}{index}/{name}": value for name, value in slots.items()}
+        tensors[_GENERATOR] = self.generator.get_state()
+        tensors[_STEP] = torch.tensor([self.step_index])
+        return {name: value.detach().cpu() for name, value in tensors.items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take up what `state` returned, for the same network and configuration."""
+
+        def under(prefix: str) -> dict[str, Tensor]:
+            return {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+
+        self.network.load_state_dict(under(_NETWORK))
+        self.average.load_state_dict(under(_AVERAGE))
+        slots: dict[int, dict[str, Tensor]] = {}
+        for name, value in under(_OPTIMIZER).items():
+            index, _, slot = name.partition("/")
+            slots.setdefault(int(index), {})[slot] = value
+        whole = self.optimizer.state_dict()
+        whole["state"] = slots
+        self.optimizer.load_state_dict(whole)
+        self.generator.set_state(state[_GENERATOR])
+        self.step_index = int(state[_STEP])
+
+
+@torch.inference_mode()
+def held_out_psnr(
+    network: nn.Module, source: BatchSource, *, count: int, seed: int, batch_size: int = 8
+) -> float:
+    """Mean PSNR in decibels, at most 40, of restored samples that were never trained on.
+
+    Args:
+        network: In evaluation mode.
+        source: Draws the samples.
+        count: Number of samples.
+        seed: Chooses them; equal seeds choose equal samples.
+        batch_size: Samples run together.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    device = next(network.parameters()).device
+    values: list[Tensor] = []
+    for start in range(0, count, batch_size):
+        batch = source.draw(min(batch_size, count - start), generator)
+        output = result_of(network(batch.moire.to(device)), batch.clean).cpu().clamp(0, 1)
+        error = (output - batch.clean).square().mean((1, 2, 3)).clamp_min(_GOOD_ENOUGH)
+        values.append(-10 * error.log10())
+    return float(torch.cat(values).mean())
+
+
+def result_of(outputs: tuple[Tensor, ...], like: Tensor) -> Tensor:
+    """The picture among a network's outputs that has the size of the input."""
+    return next(output for output in outputs if output.shape == like.shape)

@@ -1,0 +1,135 @@
+"""A small demoire network that only ever turns bands down.
+
+The picture is split into oriented bands of five octaves, brightness and colour apart, which add up
+to the picture exactly. A pyramid of convolutions looks at all of them and decides at every place
+which band to keep. Nothing is painted: what was not in the photograph cannot come out. That makes
+the network quick to train and hard to misuse, and limits it where moire lies on texture of its own
+scale and direction.
+
+The bands are those of an undecimated separable B-spline wavelet ("à trous": Starck, Fadili and
+Murtagh 2007); gating them is adaptive wavelet shrinkage with a learnt rule.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_TAPS = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
+_TO_OPPONENT = (
+    (0.299, 0.587, 0.114),
+    (-0.168736, -0.331264, 0.5),
+    (0.5, -0.418688, -0.081312),
+)
+_ORIENTATIONS = 3
+_CLOSED = -2.0
+_SLOPE = 0.2
+_SMALL = 1e-4
+_LOUD = 8.0
+
+
+class BandGate(nn.Module):
+    """Gates on the oriented bands of a picture.
+
+    Args:
+        octaves: Bands of different scale; the coarsest has periods of about 2^octaves pixels.
+        width: Channels of the convolutions.
+
+    Shape: (B, 3, H, W) to a tuple of one picture (B, 3, H, W); H and W are multiples of
+    `size_multiple`.
+    """
+
+    residual = True
+
+    to_opponent: Tensor
+    from_opponent: Tensor
+    taps: Tensor
+
+    def __init__(self, *, octaves: int = 5, width: int = 32) -> None:
+        super().__init__()
+        self.octaves = octaves
+        self.width = width
+        inputs = 3 * 4 + 2 * _ORIENTATIONS
+        self.looks = nn.ModuleList(_Look(inputs + width, width) for _ in range(octaves))
+        self.gates = nn.ModuleList(nn.Conv2d(width, 2 * _ORIENTATIONS, 1) for _ in range(octaves))
+        for gate in self.gates:
+            # Open everywhere to begin with: an untrained network leaves pictures nearly alone.
+            nn.init.zeros_(gate.weight)  # type: ignore[arg-type]
+            nn.init.constant_(gate.bias, _CLOSED)  # type: ignore[arg-type]
+        matrix = torch.tensor(_TO_OPPONENT)
+        self.register_buffer("to_opponent", matrix, persistent=False)
+        self.register_buffer("from_opponent", torch.linalg.inv(matrix), persistent=False)
+        self.register_buffer("taps", torch.tensor(_TAPS), persistent=False)
+
+    @property
+    def size_multiple(self) -> int:
+        """What height and width must be multiples of: one halving per octave."""
+        return int(2**self.octaves)
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        """Turn bands down; see the class for shapes."""
+        opponent = torch.einsum("ij,bjhw->bihw", self.to_opponent, x)
+        bands = self.split(opponent)
+        state = x.new_zeros(len(x), self.width, 1, 1)
+        removed = torch.zeros_like(opponent)
+        for octave in reversed(range(self.octaves)):
+            seen = self._seen(opponent, bands[octave], octave)
+            state = F.interpolate(state, size=seen.shape[-2:], mode="bilinear", align_corners=False)
+            state = self.looks[octave](torch.cat((seen, state), 1))
+            shut = F.interpolate(
+                self.gates[octave](state), size=x.shape[-2:], mode="bilinear", align_corners=False
+            ).sigmoid()
+            for index, band in enumerate(bands[octave]):
+                luma = shut[:, index : index + 1] * band[:, :1]
+                at = _ORIENTATIONS + index
+                removed = removed + torch.cat((luma, shut[:, at : at + 1] * band[:, 1:]), 1)
+        return (x - torch.einsum("ij,bjhw->bihw", self.from_opponent, removed),)
+
+    def split(self, opponent: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Oriented bands (B, 3, H, W) of every octave, the finest first.
+
+        They and the smooth rest add up to the picture.
+        """
+        bands = []
+        smooth = opponent
+        for octave in range(self.octaves):
+            across = self._smoothed(smooth, octave, -1)
+            both = self._smoothed(across, octave, -2)
+            down = self._smoothed(smooth, octave, -2)
+            bands.append((down - both, across - both, smooth - across - down + both))
+            smooth = both
+        return bands
+
+    def _smoothed(self, x: Tensor, octave: int, dim: int) -> Tensor:
+        reach = 2**octave
+        shape = (1, 1, 1, 5) if dim == -1 else (1, 1, 5, 1)
+        kernel = self.taps.view(shape).expand(x.shape[1], 1, *shape[2:])
+        step = (1, reach) if dim == -1 else (reach, 1)
+        ends = (2 * reach, 2 * reach, 0, 0) if dim == -1 else (0, 0, 2 * reach, 2 * reach)
+        mode = "reflect" if 2 * reach < x.shape[dim] else "replicate"
+        return F.conv2d(F.pad(x, ends, mode=mode), kernel, groups=x.shape[1], dilation=step)
+
+    def _seen(self, opponent: Tensor, bands: tuple[Tensor, ...], octave: int) -> Tensor:
+        """What the convolutions of an octave look at, at 1 / 2^(octave + 1) of the size."""
+        small = F.avg_pool2d(opponent, 2**octave) if octave else opponent
+        pixels = F.pixel_unshuffle(small, 2)
+        energy = torch.cat([band.abs() for band in bands], 1)
+        strength = F.avg_pool2d(energy, 2 ** (octave + 1)).mul(_LOUD)
+        luma, chroma = strength[:, ::3], strength[:, 1::3] + strength[:, 2::3]
+        return torch.cat((pixels, luma, chroma), 1)
+
+
+class _Look(nn.Module):
+    """Two convolutions with a residual connection, to features of unit size at every place."""
+
+    def __init__(self, inputs: int, width: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(inputs, width, 3, padding=1)
+        self.second = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.leaky_relu(self.first(x), _SLOPE)
+        x = x + F.leaky_relu(self.second(x), _SLOPE)
+        # Without this, features grow from octave to octave and gates stick at their ends.
+        return x * (x.square().mean(1, keepdim=True) + _SMALL).rsqrt()

@@ -1,0 +1,34 @@
+"""Settings of `train demoire`."""
+
+from pathlib import Path
+
+import pytest
+
+from qtool.errors import UsageError
+from qtool.settings.train import TrainDemoireSettings
+
+
+def build(**values):
+    return TrainDemoireSettings.build({"out": Path("w.safetensors"), **values})
+
+
+def test_pairs_or_both_folders_are_enough():
+    assert build(pairs=Path("p")).model == "bandgate"
+    assert build(moire=Path("m"), clean=Path("c")).init == "bundled"
+
+
+@pytest.mark.parametrize("values", [{}, {"moire": Path("m")}, {"clean": Path("c")}])
+def test_nothing_to_learn_from_is_refused(values):
+    with pytest.raises(UsageError, match="nothing to learn from"):
+        build(**values)
+
+
+def test_a_generator_needs_photographs():
+    with pytest.raises(UsageError, match="--generator"):
+        build(pairs=Path("p"), generator=Path("g"))
+
+
+@pytest.mark.parametrize("values", [{"crop": 100}, {"budget": 0}, {"steps": 0}, {"model": "unet"}])
+def test_wrong_values_are_refused(values):
+    with pytest.raises(UsageError):
+        build(pairs=Path("p"), **values)
