@@ -14,13 +14,16 @@ if TYPE_CHECKING:
     from qtool.api.load import load
     from qtool.api.moire import synthesize_moire
     from qtool.api.quantize import quantize
+    from qtool.api.switch_bits import switch_bits
     from qtool.api.synthesize import synthesize_images
     from qtool.api.train import train_demoire
     from qtool.errors import QtoolError
+    from qtool.quant.widths import bits
     from qtool.settings.demoire import DemoireSettings
     from qtool.settings.evaluate import EvaluateSettings
     from qtool.settings.moire import MoireSettings
     from qtool.settings.quantize import QuantizeSettings
+    from qtool.settings.switch_bits import SwitchBitsSettings
     from qtool.settings.synthesize import SynthesizeSettings
     from qtool.settings.train import TrainDemoireSettings
 
@@ -32,13 +35,16 @@ __all__ = [
     "MoireSettings",
     "QtoolError",
     "QuantizeSettings",
+    "SwitchBitsSettings",
     "SynthesizeSettings",
     "TrainDemoireSettings",
     "__version__",
+    "bits",
     "demoire",
     "evaluate",
     "load",
     "quantize",
+    "switch_bits",
     "synthesize_images",
     "synthesize_moire",
     "train_demoire",
@@ -50,12 +56,15 @@ _HOME = {
     "MoireSettings": "qtool.settings.moire",
     "QtoolError": "qtool.errors",
     "QuantizeSettings": "qtool.settings.quantize",
+    "SwitchBitsSettings": "qtool.settings.switch_bits",
     "SynthesizeSettings": "qtool.settings.synthesize",
     "TrainDemoireSettings": "qtool.settings.train",
+    "bits": "qtool.quant.widths",
     "demoire": "qtool.api.demoire.run",
     "evaluate": "qtool.api.evaluate",
     "load": "qtool.api.load",
     "quantize": "qtool.api.quantize",
+    "switch_bits": "qtool.api.switch_bits",
     "synthesize_images": "qtool.api.synthesize",
     "synthesize_moire": "qtool.api.moire",
     "train_demoire": "qtool.api.train",

@@ -39,6 +39,23 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Chart:
+    """Lines over named steps, drawn into the HTML report.
+
+    Attributes:
+        title: What it shows.
+        steps: Names along the horizontal axis.
+        lines: Values per line, one for each step; None leaves a gap.
+        unit: What the values are.
+    """
+
+    title: str
+    steps: Sequence[str]
+    lines: Mapping[str, Sequence[float | None]]
+    unit: str
+
+
+@dataclass(frozen=True)
 class Result:
     """What a command did, in the same form for every command.
 
@@ -50,6 +67,7 @@ class Result:
         summary: Facts about the whole. `error`, `remedy` and `exit_code` say why it failed.
         tables: For people; the same facts should be in `items` or `summary`.
         pictures: For the HTML report.
+        charts: For the HTML report; the same numbers should be in a table.
     """
 
     command: str
@@ -58,6 +76,7 @@ class Result:
     summary: Mapping[str, Any] = field(default_factory=dict)
     tables: Sequence[Table] = ()
     pictures: Sequence[Picture] = ()
+    charts: Sequence[Chart] = ()
 
     @property
     def exit_code(self) -> int:
@@ -101,6 +120,7 @@ class Result:
             [
                 f"<h1>{title}</h1>",
                 f'<p class="status {self.status}">{self.status}</p>',
+                *(_html_chart(chart) for chart in self.charts),
                 *(_html_table(table) for table in self._all_tables()),
                 *(_html_picture(picture) for picture in self.pictures),
             ]
@@ -207,6 +227,55 @@ def _html_table(table: Table) -> str:
     )
 
 
+_CHART_WIDTH, _CHART_HEIGHT, _CHART_MARGIN = 640, 280, 48
+_DASHES = ("none", "6 4", "2 3", "8 3 2 3")
+
+
+def _html_chart(chart: Chart) -> str:
+    """A chart as inline SVG: points joined by lines, an axis of at most five numbers."""
+    values = [value for line in chart.lines.values() for value in line if value is not None]
+    if not values or not chart.steps:
+        return ""
+    low, high = min(values), max(values)
+    room = (high - low or 1.0) * 0.08
+    low, high = low - room, high + room
+
+    def x_of(index: int) -> float:
+        inner = _CHART_WIDTH - 2 * _CHART_MARGIN
+        return _CHART_MARGIN + inner * (index + 0.5) / len(chart.steps)
+
+    def y_of(value: float) -> float:
+        inner = _CHART_HEIGHT - 2 * _CHART_MARGIN
+        return _CHART_MARGIN + inner * (high - value) / (high - low)
+
+    left, right, foot = _CHART_MARGIN, _CHART_WIDTH - _CHART_MARGIN, _CHART_HEIGHT - _CHART_MARGIN
+    parts = []
+    for quarter in range(5):
+        value = low + (high - low) * quarter / 4
+        y = y_of(value)
+        parts.append(f'<path class="grid" d="M{left} {y:.1f}H{right}"/>')
+        parts.append(
+            f'<text class="end" x="{left - 6}" y="{y + 4:.1f}">{html.escape(cell(value))}</text>'
+        )
+    for index, step in enumerate(chart.steps):
+        parts.append(f'<text x="{x_of(index):.1f}" y="{foot + 20}">{html.escape(step)}</text>')
+    for number, (name, line) in enumerate(chart.lines.items()):
+        points = [(x_of(i), y_of(v)) for i, v in enumerate(line) if v is not None]
+        path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+        dash = _DASHES[number % len(_DASHES)]
+        parts.append(f'<path class="line" stroke-dasharray="{dash}" d="M{path}"/>')
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in points]
+        if points:
+            x, y = points[-1]
+            parts.append(f'<text x="{x:.1f}" y="{y - 9:.1f}">{html.escape(name)}</text>')
+    title = html.escape(f"{chart.title} ({chart.unit})")
+    size = f"0 0 {_CHART_WIDTH} {_CHART_HEIGHT}"
+    return (
+        f'<figure><svg role="img" aria-label="{title}" viewBox="{size}">{"".join(parts)}</svg>'
+        f"<figcaption>{title}</figcaption></figure>"
+    )
+
+
 def _html_picture(picture: Picture) -> str:
     title = html.escape(picture.title)
     data = base64.b64encode(picture.png).decode("ascii")
@@ -236,7 +305,12 @@ th, td { padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top;
 th { color: var(--faint); font-weight: 600; white-space: nowrap; }
 .n { text-align: right; white-space: nowrap; }
 figure { margin: 2rem 0 0; }
-img { max-width: 100%; height: auto; }
+img, svg { max-width: 100%; height: auto; }
+svg text { fill: var(--faint); font-size: 12px; text-anchor: middle; }
+svg text.end { text-anchor: end; }
+svg .grid { stroke: var(--line); }
+svg .line { stroke: var(--ink); stroke-width: 1.5; fill: none; }
+svg circle { fill: var(--ink); }
 figcaption { color: var(--faint); font-size: .9rem; }
 """
 

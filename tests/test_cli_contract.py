@@ -19,6 +19,7 @@ COMMANDS = [
     "synthesize moire",
     "train demoire",
     "quantize",
+    "switch-bits",
     "demoire",
     "eval",
     "models",

@@ -12,9 +12,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from qtool.api import latency, restored
+from qtool.api import evaluate_widths, latency, restored
 from qtool.api.runtime import check_report, prepare, read_picture, write_report
-from qtool.api.target import Target, check_names, open_baseline, open_target
+from qtool.api.target import (
+    Target,
+    check_names,
+    check_widths,
+    open_baseline,
+    open_target,
+)
 from qtool.demo import pictures
 from qtool.errors import ImageError, Progress, UsageError
 from qtool.io import folders
@@ -93,7 +99,7 @@ def plan(settings: EvaluateSettings) -> Result:
     check_report(settings.report)
     architecture = check_names(settings)
     _check_data(settings, drawable=architecture == "demo_vit")
-    summary = {
+    summary: dict[str, Any] = {
         "target": settings.target,
         "architecture": architecture,
         "data": str(settings.data) if settings.data else "drawn pictures",
@@ -101,6 +107,8 @@ def plan(settings: EvaluateSettings) -> Result:
         "baseline": settings.baseline,
         "latency": settings.latency,
     }
+    if settings.widths:
+        summary["bits"] = list(settings.widths)
     if settings.data is not None:
         folders.find_images(settings.data)
     return Result("eval", status="planned", summary=summary)
@@ -160,43 +168,51 @@ def evaluate(settings: EvaluateSettings, progress: Progress | None = None) -> Re
     check_report(settings.report)
     device = prepare(settings)
     target = open_target(
-        settings.target, weights=settings.weights, offline=settings.offline, device=device
+        settings.target,
+        weights=settings.weights,
+        offline=settings.offline,
+        device=device,
+        bits=settings.widths[0] if settings.widths else None,
     )
+    check_widths(target, settings.widths, name=settings.target)
     baseline = open_baseline(settings, target, device)
     batches, total = _batches(settings, target)
-    models = [entry for entry in (baseline, target) if entry is not None]
-    hits = [dict.fromkeys(_KS, 0) for _ in models]
-    agreed = seen = 0
+    runs = [_Run(baseline)] if baseline is not None else []
+    runs += [_Run(target, width) for width in settings.widths] or [_Run(target)]
+    seen = 0
     failed: list[dict[str, Any]] = []
     for batch in batches:
         failed += [
             {"path": path, "status": "failed", "error": message} for path, message in batch.failed
         ]
         if len(batch.labels):
-            with torch.no_grad():
-                logits = [entry.model(batch.images.to(device)).cpu() for entry in models]
-            for counts, values in zip(hits, logits, strict=True):
-                for k, number in topk_hits(values, batch.labels, ks=_KS).items():
-                    counts[k] += number
-            agreed += int((logits[0].argmax(dim=1) == logits[-1].argmax(dim=1)).sum())
+            first: Tensor | None = None
+            for run in runs:
+                logits = run.logits(batch.images.to(device))
+                first = logits.argmax(dim=1) if first is None else first
+                run.count(logits, batch.labels, first)
         seen += len(batch.labels)
         if progress is not None:
             progress("eval", seen + len(failed), total)
     if not seen:
         raise ImageError("no picture could be read", remedy="check the files listed above")
-    items = [_item(entry, counts, seen) for entry, counts in zip(models, hits, strict=True)]
+    items = [run.item(seen) for run in runs]
+    if baseline is not None:
+        for run, item in zip(runs[1:], items[1:], strict=True):
+            item["drop"] = round(items[0]["top1"] - item["top1"], 2)
+            item["agreement"] = round(100 * run.agreed / seen, 2)
+    if settings.widths:
+        evaluate_widths.add_costs(items[-len(settings.widths) :], Path(settings.target))
     summary: dict[str, Any] = {"count": seen, "failed": len(failed), **items[-1]}
     if baseline is not None:
         summary["baseline_top1"] = items[0]["top1"]
-        summary["drop"] = round(items[0]["top1"] - items[-1]["top1"], 2)
-        summary["agreement"] = round(100 * agreed / seen, 2)
-    tables = [_accuracy_table(items, summary)]
+    tables = [_accuracy_table(items, seen)]
     if settings.latency:
         timings = latency.measure(target, baseline, settings, device)
         summary["latency"] = timings
         summary["threads"] = torch.get_num_threads()
         tables.append(latency.table(timings, device))
-    problem = _failed_gates(settings, summary)
+    problem = _failed_gates(settings, items if settings.widths else [summary])
     status: Status = "failed" if problem else "partial" if failed else "ok"
     result = Result(
         "eval",
@@ -204,50 +220,86 @@ def evaluate(settings: EvaluateSettings, progress: Progress | None = None) -> Re
         items=[*items, *failed],
         summary={**summary, **problem, "status": status},
         tables=tables,
+        charts=evaluate_widths.charts(items) if settings.widths else (),
     )
     write_report(settings.report, result)
     return result
 
 
-def _item(entry: Target, counts: dict[int, int], seen: int) -> dict[str, Any]:
-    share = counts[1] / seen
-    return {
-        "model": entry.label,
-        "status": "ok",
-        "top1": round(100 * share, 2),
-        "top5": round(100 * counts[5] / seen, 2),
-        "standard_error": round(100 * standard_error(share, seen), 2),
-        "bytes": entry.bytes,
-    }
+class _Run:
+    """One model, at one width if it has several, and what it got right.
+
+    Attributes:
+        agreed: Pictures on which it chose as the first model did.
+    """
+
+    def __init__(self, entry: Target, width: str | None = None) -> None:
+        self.entry = entry
+        self.width = width
+        self.hits = dict.fromkeys(_KS, 0)
+        self.agreed = 0
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """Answers for a batch, on the CPU."""
+        options = {} if self.width is None else {"bits": self.width}
+        answers: Tensor = self.entry.model(images, **options)
+        return answers.cpu()
+
+    def count(self, logits: Tensor, labels: Tensor, first: Tensor) -> None:
+        """Count what is right, and what equals the first model's choice."""
+        for k, number in topk_hits(logits, labels, ks=_KS).items():
+            self.hits[k] += number
+        self.agreed += int((logits.argmax(dim=1) == first).sum())
+
+    def item(self, seen: int) -> dict[str, Any]:
+        """What was found, for the result."""
+        share = self.hits[1] / seen
+        return {
+            "model": self.width or self.entry.label,
+            "status": "ok",
+            "top1": round(100 * share, 2),
+            "top5": round(100 * self.hits[5] / seen, 2),
+            "standard_error": round(100 * standard_error(share, seen), 2),
+            "bytes": self.entry.bytes,
+        }
 
 
-def _accuracy_table(items: list[dict[str, Any]], summary: dict[str, Any]) -> Table:
+def _accuracy_table(items: list[dict[str, Any]], count: int) -> Table:
     rows = []
-    for index, item in enumerate(items):
-        last = index == len(items) - 1 and "drop" in summary
-        rows.append(
-            (
-                item["model"],
-                f"{item['top1']:.1f} ± {item['standard_error']:.1f}",
-                f"{item['top5']:.1f}",
-                f"{summary['drop']:.1f}" if last else "",
-                f"{summary['agreement']:.1f}" if last else "",
-                f"{item['bytes'] / 1e6:.2f}",
-            )
+    widths = any("bit_operations" in item for item in items)
+    for item in items:
+        row = (
+            item["model"],
+            f"{item['top1']:.1f} ± {item['standard_error']:.1f}",
+            f"{item['top5']:.1f}",
+            f"{item['drop']:.1f}" if "drop" in item else "",
+            f"{item['agreement']:.1f}" if "agreement" in item else "",
+            f"{item['bytes'] / 1e6:.2f}",
         )
+        operations = f"{item['bit_operations'] / 1e9:.2f}" if "bit_operations" in item else ""
+        rows.append((*row, operations) if widths else row)
     columns = ("model", "top-1 %", "top-5 %", "drop", "same choice %", "MB")
-    return Table(f"Accuracy on {summary['count']} pictures", columns, rows)
+    more = ("G bit operations",) if widths else ()
+    return Table(f"Accuracy on {count} pictures", (*columns, *more), rows)
 
 
-def _failed_gates(settings: EvaluateSettings, summary: dict[str, Any]) -> dict[str, Any]:
-    """What goes into the summary when a gate is missed; nothing otherwise."""
+def _failed_gates(settings: EvaluateSettings, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """What goes into the summary when a gate is missed; nothing otherwise.
+
+    With several widths every one of them has to pass, the float model beside them has not.
+    """
     missed = []
     for metric, bound in settings.gates:
-        value = summary.get(metric)
-        if value is None:
-            missed.append(f"{metric} was not measured")
-        elif value > bound if metric == "drop" else value < bound:
-            missed.append(f"{metric} is {value:g}, not {bound:g}")
+        for result in results:
+            if settings.widths and result["model"] not in settings.widths:
+                continue
+            value = result.get(metric)
+            place = f" at {result['model']}" if settings.widths else ""
+            if value is None:
+                missed.append(f"{metric} was not measured{place}")
+            elif value > bound if metric == "drop" else value < bound:
+                missed.append(f"{metric}{place} is {value:g}, not {bound:g}")
     if not missed:
         return {}
     return {

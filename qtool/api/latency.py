@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qtool.api import layer_report
 from qtool.api.runtime import bfloat16_is_faster
@@ -27,19 +29,22 @@ def measure(
     Args:
         target: The model under test.
         baseline: The float model beside it, if there is one.
-        settings: The larger batch to time; a single picture always is.
+        settings: The larger batch to time, a single picture always is; the widths to run at.
         device: Where the models are.
 
     Returns:
         One record per model and batch.
     """
-    runs: dict[str, tuple[nn.Module, bool]] = {}
+    runs: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {}
     plain = baseline if baseline is not None else target if target.header is None else None
     if plain is not None and plain.header is None:
         runs["float32"] = (plain.model, False)
         if bfloat16_is_faster(device):
             runs["bfloat16"] = (plain.model, True)
-    if target.header is not None:
+    if settings.widths:
+        for width in settings.widths:
+            runs[width] = (functools.partial(target.model, bits=width), False)
+    elif target.header is not None:
         runs[target.header.active_bits] = (target.model, False)
     results = []
     for batch in sorted({1, settings.batch_size}):
@@ -62,13 +67,13 @@ def measure(
                     "float32_over_this": round(reference / min(times), 3)
                     if reference == reference
                     else None,
-                    "backend": "torch" if runs[name][0] is not target.model else words,
+                    "backend": "torch" if name in ("float32", "bfloat16") else words,
                 }
             )
     return results
 
 
-def _time_once(model: nn.Module, x: Tensor, *, half: bool) -> float:
+def _time_once(model: Callable[[Tensor], Tensor], x: Tensor, *, half: bool) -> float:
     with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=half):
         if x.device.type == "cuda":
             torch.cuda.synchronize(x.device)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from qtool.api.nested_model import choose_bits, install
 from qtool.errors import CheckpointError, UsageError
 from qtool.io import checkpoint
 from qtool.models import vision
@@ -15,34 +16,51 @@ from qtool.quant.attention import ATTENTION_CLASSES
 from qtool.quant.convolution import without_norm
 from qtool.quant.layers import Geometry, IntegerProducts, QuantConv2d, QuantLinear
 from qtool.quant.plan import replace_module
+from qtool.quant.widths import Request
 
 
 def load(
-    path: str | Path, *, device: str | torch.device = "cpu", bits: str | None = None
+    path: str | Path, *, device: str | torch.device = "cpu", bits: Request | None = None
 ) -> nn.Module:
     """Load a checkpoint as a module that computes with integers.
 
     Args:
         path: File written by `qtool quantize`.
         device: Where the model goes.
-        bits: Bit-width to run at; None takes the active one of the file.
+        bits: Bit-width to run at, for example 4 or "w4a4"; for a switchable checkpoint also a
+            mapping of globs over layer names to widths. None takes the active ones of the file.
 
     Returns:
         The model in evaluation mode, (B, 3, H, W) to (B, classes); its attribute `qtool_config`
-        is the checkpoint's header.
+        is the checkpoint's header. A switchable one can be switched: `model.set_bits(4)`,
+        `with qtool.bits(4):`, `model(x, bits=4)`.
 
     Raises:
         CheckpointError: The file is absent, damaged, foreign, hostile or of a newer format.
         UsageError: The file cannot run at `bits`.
     """
     header, tensors = checkpoint.read(Path(path))
-    if bits is not None and bits not in header.bits:
-        raise UsageError(
-            f"{path} cannot run at {bits}", remedy=f"it holds {', '.join(header.bits)}"
-        )
+    if header.engine == "fixed" and bits is not None:
+        _require_width(header, bits, path)
     model = restore(header, tensors, origin=str(path))
+    if header.engine == "nested":
+        choose_bits(model, header, bits, path=str(path))
     model.qtool_config = header  # type: ignore[assignment]
     return model.to(device).eval()
+
+
+def _require_width(header: checkpoint.Header, bits: Request, path: str | Path) -> None:
+    """Refuse a width that a file with one width per layer does not have.
+
+    Raises:
+        UsageError: It does not have it.
+    """
+    found = {*header.bits, *(name[1] for name in header.bits if name[1] == name[3:])}
+    if isinstance(bits, Mapping) or str(bits) not in found:
+        raise UsageError(
+            f"{path} cannot run at {bits}",
+            remedy=f"it holds {', '.join(header.bits)}; --bits any makes a switchable file",
+        )
 
 
 def restore(header: checkpoint.Header, tensors: dict[str, Tensor], *, origin: str) -> nn.Module:
@@ -54,11 +72,14 @@ def restore(header: checkpoint.Header, tensors: dict[str, Tensor], *, origin: st
     tensors = _as_computed(header, tensors)
     try:
         model = vision.build(header.architecture, header.model_args, device="meta")
-        kinds = {site.name: site.kind for site in vision.layout(model).attentions}
-        for name, layer in header.layers.items():
-            replace_module(model, name, _module(model, name, layer, tensors, kinds))
-            if norm := str(layer.options.get("norm") or ""):
-                replace_module(model, norm, without_norm(model.get_submodule(norm)))
+        if header.engine == "nested":
+            tensors = install(model, header, tensors)
+        else:
+            kinds = {site.name: site.kind for site in vision.layout(model).attentions}
+            for name, layer in header.layers.items():
+                replace_module(model, name, _module(model, name, layer, tensors, kinds))
+                if norm := str(layer.options.get("norm") or ""):
+                    replace_module(model, norm, without_norm(model.get_submodule(norm)))
         model.load_state_dict(tensors, strict=True, assign=True)
         _fill_derived_buffers(model, header)
     except (UsageError, RuntimeError, AttributeError, KeyError, TypeError, ValueError) as error:

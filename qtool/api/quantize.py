@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qtool import __version__
-from qtool.api import calibration, layer_report, precision
+from qtool.api import calibration, layer_report, precision, quantize_any
 from qtool.api.attention_sheet import attention_png
 from qtool.api.load import restore
 from qtool.api.runtime import bfloat16_is_faster, check_report, prepare, write_report
@@ -98,6 +98,15 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
     opened = vision.open_model(
         settings.model, weights=settings.weights, offline=settings.offline, device=device
     )
+    if settings.switchable is not None:
+        return quantize_any.quantize(
+            settings,
+            opened,
+            steps=settings.steps or RECONSTRUCTION_STEPS[settings.effort],
+            drop=DROP[settings.recipe],
+            batch_size=_BATCH,
+            progress=progress,
+        )
     layout = vision.layout(opened.model)
     precision.uniform_plans(settings, opened)  # refuses wrong rules before any work
     made = calibration.gather(settings, opened, batch_size=_BATCH, progress=progress)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from qtool.api.file_widths import chosen
 from qtool.api.load import load
 from qtool.api.runtime import notice
 from qtool.errors import CheckpointError, QtoolError, UsageError
 from qtool.io import checkpoint
 from qtool.models import vision
+from qtool.quant.switchable import Switchable, layers_of
+from qtool.quant.widths import Choice
 from qtool.settings.evaluate import EvaluateSettings
 
 
@@ -67,15 +71,17 @@ def _is_foreign_weights(path: Path) -> bool:
         return False
 
 
-def open_target(name: str, *, weights: str, offline: bool, device: torch.device) -> Target:
-    """Open a checkpoint or a float model."""
+def open_target(
+    name: str, *, weights: str, offline: bool, device: torch.device, bits: str | None = None
+) -> Target:
+    """Open a checkpoint, a switchable one at `bits` if given, or a float model."""
     if is_checkpoint(name):
-        model = load(name, device=device)
+        model = load(name, device=device, bits=bits)
         header: checkpoint.Header = model.qtool_config  # type: ignore[assignment]
         demo = header.architecture == "demo_vit"
         classes = int(getattr(model, "num_classes", 0))
         return Target(
-            label=f"{header.active_bits} ({Path(name).name})",
+            label=f"{getattr(model, 'active_bits', header.active_bits)} ({Path(name).name})",
             model=model,
             data=vision.DataConfig.from_dict(header.data),
             labels_kind="demo" if demo else "imagenet" if classes == 1000 else "",
@@ -91,6 +97,21 @@ def open_target(name: str, *, weights: str, offline: bool, device: torch.device)
         header=None,
         bytes=sum(p.numel() * 4 for p in opened.model.parameters()),
     )
+
+
+def check_widths(target: Target, widths: Sequence[str], *, name: str) -> None:
+    """Refuse widths that a target lacks.
+
+    Raises:
+        UsageError: It is not switchable, or a layer has no such width.
+    """
+    if widths and not isinstance(target.model, Switchable):
+        raise UsageError(
+            f"{name} cannot run at other bits", remedy="only files of `quantize --bits any` can"
+        )
+    layers = layers_of(target.model)
+    for width in widths:
+        chosen(layers, Choice.of(width))
 
 
 def check_names(settings: EvaluateSettings) -> str:

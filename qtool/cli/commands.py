@@ -60,6 +60,11 @@ COMMANDS: Final = (
         "Quantize a model to low-bit integers and write one safetensors file.",
     ),
     Command(
+        "switch-bits",
+        "switch_bits",
+        "Choose the widths at which a switchable checkpoint runs.",
+    ),
+    Command(
         "demoire",
         "demoire",
         "Take moire out of photographs of screens; metadata, depth and profile stay.",

@@ -7,7 +7,14 @@ from typing import Annotated, get_args
 
 import typer
 
-from qtool.cli.options import OUTPUT, add_command, argument, complete_models, option
+from qtool.cli.options import (
+    OUTPUT,
+    add_command,
+    argument,
+    complete_models,
+    complete_widths,
+    option,
+)
 from qtool.cli.session import session
 from qtool.settings.evaluate import EvaluateSettings, FidelityMetric, FidelityProtocol
 
@@ -33,6 +40,12 @@ def evaluate(
             "--baseline",
             metavar="TARGET",
             complete=complete_models,
+        ),
+    ] = None,
+    bits: Annotated[
+        list[str] | None,
+        option(
+            EvaluateSettings, "bits", "--bits", "-b", metavar="N|wNaN", complete=complete_widths
         ),
     ] = None,
     reference: Annotated[
@@ -91,6 +104,7 @@ def register(app: typer.Typer, words: str) -> None:
         examples=(
             "qtool eval demo_vit-w4a4.safetensors --baseline demo_vit",
             "qtool eval vit_b-w4a4.safetensors --data imagenet/val --report report.html",
+            "qtool eval vit_b-any4-8.safetensors --bits 8 --bits 4 --data imagenet/val",
             "qtool eval demo_vit --latency --min top1=90",
             "qtool eval clean/ --reference targets/ --baseline photos/ --protocol uhdm",
         ),

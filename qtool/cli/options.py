@@ -31,10 +31,18 @@ def complete_models(incomplete: str) -> list[str]:
 
 
 def complete_bits(incomplete: str) -> list[str]:
-    """All integer bit-widths, the equal ones first."""
+    """All integer bit-widths, the equal ones first, then ranges for switchable files."""
     pairs = [(weight, activation) for weight in WEIGHT_BITS for activation in WEIGHT_BITS]
     pairs.sort(key=lambda pair: pair[0] != pair[1])
     names = [f"w{weight}a{activation}" for weight, activation in pairs]
+    names += ["any", *(f"any:{low}-8" for low in WEIGHT_BITS[:-1])]
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def complete_widths(incomplete: str) -> list[str]:
+    """Widths of a switchable checkpoint: bits of weights alone, then with those of activations."""
+    names = [str(bits) for bits in WEIGHT_BITS]
+    names += [f"w{bits}a{bits}" for bits in WEIGHT_BITS]
     return [name for name in names if name.startswith(incomplete)]
 
 

@@ -177,6 +177,31 @@ def _conv2d(
     return Result((x.shape[0], channels, height, width), torch.float32, _limit(terms))
 
 
+def _linear_nested(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+) -> Result:
+    _check_tensor("x", x, torch.uint8, x)
+    _check_dimensions("x", x, 1)
+    _check_activation("x_scale", x_scale, torch.float32, x)
+    _check_activation("x_zero", x_zero, torch.int32, x)
+    _check_bits("bits", bits)
+    _check_tensor("weight", weight, torch.int8, x)
+    in_features = x.shape[-1]
+    if weight.dim() != 2 or weight.shape[1] != in_features:
+        raise UsageError(f"weight has shape {_words(weight)}, not (N, {in_features})")
+    channels = weight.shape[0]
+    _check_channels("weight_scale", weight_scale, torch.float32, channels, x)
+    if bias is not None:
+        _check_channels("bias", bias, torch.float32, channels, x)
+    return Result((*x.shape[:-1], channels), torch.float32, _limit(in_features))
+
+
 def _matmul(
     a: Tensor, a_scale: Tensor, a_zero: Tensor, b: Tensor, b_scale: Tensor, b_zero: Tensor
 ) -> Result:
@@ -222,6 +247,11 @@ _OPERATIONS: dict[str, tuple[str, Callable[..., Result]]] = {
         " Tensor weight_zero, Tensor? bias, int weight_bits, int[] kernel, int[] stride,"
         " int[] padding, int[] dilation, int groups) -> Tensor",
         _conv2d,
+    ),
+    "linear_nested": (
+        "(Tensor x, Tensor x_scale, Tensor x_zero, Tensor weight, Tensor weight_scale,"
+        " Tensor? bias, int bits) -> Tensor",
+        _linear_nested,
     ),
     "matmul": (
         "(Tensor a, Tensor a_scale, Tensor a_zero, Tensor b, Tensor b_scale, Tensor b_zero)"

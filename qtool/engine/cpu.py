@@ -265,6 +265,60 @@ def _exact_depth(codes: Tensor, levels: Tensor, depth: int) -> int:
     return int((EXACT_SUM) // (float(levels.abs().amax()) * reach * area))
 
 
+def linear_nested(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+) -> Tensor:
+    """Linear layer with the leading bits of its weight; see `qtool.engine.ops.linear_nested`."""
+    shifted = weight >> (8 - bits)
+    x_scale, x_zero = x_scale.reshape(-1, 1), x_zero.reshape(-1, 1)
+    codes = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    sums_of = _int8_level_sums if has_int8_units() else _float_level_sums
+    rows_of = sums_of(codes, x_zero, shifted, bits)
+    y = weight_scale.new_empty(len(codes), len(weight))
+    for rows in _blocks(len(codes), BLOCK_ROWS):
+        y[rows].copy_(rows_of(rows)).mul_(_rows(x_scale, rows) * weight_scale)
+        if bias is not None:
+            y[rows] += bias
+    return y.view(*x.shape[:-1], len(weight))
+
+
+def _int8_level_sums(
+    codes: Tensor, x_zero: Tensor, shifted: Tensor, bits: int
+) -> Callable[[slice], Tensor]:
+    """Sums of some rows with the levels 2 h + 1: twice the product with h, and sums of codes."""
+    columns = shifted.t()
+    in_features = codes.shape[1]
+    row_of_ones = codes.new_ones(1, in_features)
+    column_of_ones = shifted.new_ones(in_features, 1)
+    level_sums = 2 * torch._int_mm(row_of_ones, columns) + in_features
+
+    def sums(rows: slice) -> Tensor:
+        found = torch._int_mm(codes[rows], columns).mul_(2)
+        found += torch._int_mm(codes[rows], column_of_ones)
+        return found.sub_(_rows(x_zero, rows) * level_sums)
+
+    return sums
+
+
+def _float_level_sums(
+    codes: Tensor, x_zero: Tensor, shifted: Tensor, bits: int
+) -> Callable[[slice], Tensor]:
+    """The same without int8 units: products of levels, as float32."""
+    levels = shifted.float().mul_(2.0).add_(1.0).t()
+    reach = _reach(x_zero, 255) * (2**bits - 1)
+
+    def sums(rows: slice) -> Tensor:
+        return float_sums(codes[rows].float() - _rows(x_zero, rows), levels, reach=reach)
+
+    return sums
+
+
 def matmul(
     a: Tensor, a_scale: Tensor, a_zero: Tensor, b: Tensor, b_scale: Tensor, b_zero: Tensor
 ) -> Tensor:

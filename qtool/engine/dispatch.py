@@ -24,7 +24,7 @@ from qtool.errors import BackendError, UsageError
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
 ENVIRONMENT_VARIABLE = "QTOOL_BACKEND"
-INTEGER_PRODUCTS = frozenset({"linear", "matmul"})
+INTEGER_PRODUCTS = frozenset({"linear", "linear_nested", "matmul"})
 MIN_CAPABILITY = (8, 0)
 
 # Triton takes these words for yes, and reads them when a kernel is defined.

@@ -18,6 +18,7 @@ from qtool.engine.packing import packed_width
 __all__ = [
     "conv2d",
     "linear",
+    "linear_nested",
     "matmul",
     "matmul_log2",
     "pack_codes",
@@ -260,6 +261,45 @@ def conv2d(
         padding,
         dilation,
         groups,
+    )
+    return result
+
+
+def linear_nested(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    bits: int,
+) -> Tensor:
+    """Linear layer with the leading `bits` bits of 8-bit weights, in one product at any width.
+
+    The weight is resident as 8-bit codes less 128. An arithmetic shift by 8 - bits leaves the
+    leading bits h, which stand for the odd level 2 h + 1: the middle of the codes they replace. The
+    result is the exact integer sum over k of `(x - x_zero) * (2 h + 1)`, then
+    `sum * (x_scale * weight_scale) + bias`, rounded as in `linear`.
+
+    Args:
+        x: uint8 codes `(..., K)`.
+        x_scale: float32, per tensor or per token `(..., 1)`.
+        x_zero: int32, per tensor or per token `(..., 1)`.
+        weight: int8 `(N, K)`, codes less 128.
+        weight_scale: float32 `(N,)`, half the distance of two levels at this width.
+        bias: float32 `(N,)`, or None.
+        bits: Leading bits that count, 2 to 8.
+
+    Returns:
+        float32 `(..., N)`.
+
+    Raises:
+        UsageError: An argument has the wrong type, shape or device.
+        BackendError: The backend asked for cannot run this.
+    """
+    result: Tensor = torch.ops.qtool.linear_nested(
+        x, x_scale, x_zero, weight, weight_scale, bias, bits
     )
     return result
 

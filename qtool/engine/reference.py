@@ -119,6 +119,22 @@ def conv2d(
     return y if bias is None else y + bias.view(-1, 1, 1)
 
 
+def linear_nested(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+) -> Tensor:
+    """Linear layer with the leading bits of its weight; see `qtool.engine.ops.linear_nested`."""
+    levels = 2 * (weight >> (8 - bits)).double() + 1
+    sums = (x.double() - _broadcast(x_zero)) @ levels.T
+    y: Tensor = sums.float() * (_broadcast(x_scale) * weight_scale)
+    return y if bias is None else y + bias
+
+
 def matmul(
     a: Tensor, a_scale: Tensor, a_zero: Tensor, b: Tensor, b_scale: Tensor, b_zero: Tensor
 ) -> Tensor:

@@ -21,6 +21,8 @@ point are those of an 8-bit grid, and the table has at most 2^bits distinct entr
 
 A row of K codes takes the bytes of its planes one after the other, ceil(K * width / 8) each; the
 widths are 2=[2] 3=[2,1] 4=[4] 5=[4,1] 6=[4,2] 7=[4,2,1] 8=[8].
+
+With the engine `nested` a layer has several widths, and other tensors: see `nested_tensors`.
 """
 
 from __future__ import annotations
@@ -28,15 +30,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, BinaryIO, Literal, Self
 
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
 from qtool.errors import CheckpointError
+from qtool.io import nested_tensors
 from qtool.io.container import (
+    change_metadata,
     damaged,
     foreign,
     open_container,
@@ -73,6 +78,8 @@ def _plain_json(value: object) -> object:
 JsonObject = Annotated[dict[str, Any], BeforeValidator(_plain_json)]
 Bits = Annotated[int, Field(ge=2, le=8)]
 BitsName = Annotated[str, Field(pattern=r"^(w[2-8]a([2-8]|16|32)|mixed:[2-8](\.\d{1,6})?)$")]
+MIXED = "mixed"
+"""The active bits of a switchable file whose layers run at several widths."""
 LayerName = Annotated[str, Field(pattern=r"^\w+(\.\w+)*$", max_length=300)]
 
 
@@ -100,6 +107,32 @@ class LayerBits(BaseModel):
         return self
 
 
+class NestedWidths(BaseModel):
+    """What the layers of a switchable file have in common.
+
+    Attributes:
+        weight_bits: The widths that scales of weights are stored for, rising.
+        activation_bits: The same for activations.
+        sensitivity: What running a layer at each of the weight widths costs the model's output, by
+            layer; empty where it was not measured.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    weight_bits: Annotated[list[Bits], Field(min_length=1, max_length=7)]
+    activation_bits: Annotated[list[Bits], Field(min_length=1, max_length=7)]
+    sensitivity: dict[LayerName, list[Annotated[float, Field(ge=0, allow_inf_nan=False)]]] = {}
+
+    @model_validator(mode="after")
+    def _widths_rise(self) -> Self:
+        for widths in (self.weight_bits, self.activation_bits):
+            if widths != sorted(set(widths)):
+                raise ValueError(f"the widths {widths} do not rise")
+        if any(len(costs) != len(self.weight_bits) for costs in self.sensitivity.values()):
+            raise ValueError("a sensitivity does not have one number per weight width")
+        return self
+
+
 class Header(BaseModel):
     """Everything a checkpoint says about itself.
 
@@ -107,12 +140,13 @@ class Header(BaseModel):
         architecture: The timm name and tag, or `demo_vit`.
         model_args: Arguments that build the model without weights.
         data: Input size, mean, std, interpolation and crop.
-        engine: `fixed` has one bit-width per layer.
-        bits: The bit-widths the file can run at.
-        active_bits: The one of them it runs at.
-        layers: The quantized layers by name, in the order of the model.
+        engine: `fixed` has one bit-width per layer, `nested` several.
+        bits: The bit-widths the file can run at; of `nested`, those that need no more saying.
+        active_bits: The one of them it runs at, or `mixed`.
+        layers: The quantized layers by name, in the order of the model, with their active bits.
         quantization_config: The same in compressed-tensors' words, `quant_method` "qtool".
         provenance: Version, method, recipe, seed, SHA-256 of the source weights, paper.
+        nested: What only the engine `nested` has.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -122,16 +156,29 @@ class Header(BaseModel):
     data: JsonObject
     engine: Literal["fixed", "nested", "branches"]
     bits: Annotated[list[BitsName], Field(min_length=1)]
-    active_bits: BitsName
+    active_bits: BitsName | Literal["mixed"]
     layers: dict[LayerName, LayerBits]
     quantization_config: JsonObject
     provenance: JsonObject
+    nested: NestedWidths | None = None
 
     @model_validator(mode="after")
     def _active_bits_are_there(self) -> Self:
-        if self.active_bits not in self.bits:
+        mixed = self.engine == "nested" and self.active_bits == MIXED
+        if not mixed and self.active_bits not in self.bits:
             raise ValueError(f"active_bits {self.active_bits} is not one of bits")
         return self
+
+    @model_validator(mode="after")
+    def _widths_belong_to_the_engine(self) -> Self:
+        if (self.engine == "nested") != (self.nested is not None):
+            raise ValueError("the engine nested, and no other, has nested widths")
+        return self
+
+    def to_json(self) -> str:
+        """The header in JSON, without what the engine does not have."""
+        absent = {"nested"} if self.nested is None else None
+        return json.dumps(self.model_dump(exclude=absent), separators=(",", ":"))
 
 
 def write(
@@ -155,13 +202,75 @@ def write(
         CheckpointError: Header and tensors disagree; nothing is written.
         OutputExistsError: The file exists and `overwrite` is false.
     """
-    _require_fixed(path, header)
+    _require_known(path, header)
     problem = _disagreement(header, tensors)
     if problem:
         raise CheckpointError(f"cannot write {path}: {problem}")
-    config = json.dumps(header.model_dump(), separators=(",", ":"))
-    metadata = {"format": "pt", "qtool.format": str(FORMAT), "qtool.config": config}
-    write_container(path, metadata, tensors, overwrite=overwrite, check=check)
+    metadata = {"format": "pt", "qtool.format": str(FORMAT), "qtool.config": header.to_json()}
+    write_container(
+        path,
+        metadata,
+        tensors,
+        section_of=None if header.nested is None else _section_of(header),
+        overwrite=overwrite,
+        check=check,
+    )
+
+
+def change_header(path: Path, header: Header, *, copy: BinaryIO | None = None) -> None:
+    """Replace what a checkpoint says about itself; no tensor byte changes.
+
+    Args:
+        path: The checkpoint.
+        header: The new header, for the same tensors.
+        copy: Where the changed file goes; None changes the file in place.
+
+    Raises:
+        CheckpointError: The file is damaged, or has no room for the header.
+        QtoolError: It cannot be written.
+    """
+    change_metadata(path, {"qtool.config": header.to_json()}, copy=copy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlaneTable:
+    """What a switchable file holds, from its header alone.
+
+    Attributes:
+        header: What it says about itself.
+        planes: Planes of weights that are whole, by layer; fewer in a file that was cut off.
+        plane_bytes: Bytes of one plane, by layer.
+        other_bytes: Bytes of everything that is no plane, the header among them.
+    """
+
+    header: Header
+    planes: dict[str, int]
+    plane_bytes: dict[str, int]
+    other_bytes: int
+
+
+def read_planes(path: Path) -> PlaneTable:
+    """Read what a switchable checkpoint says about itself and how much of it is there.
+
+    Raises:
+        CheckpointError: The file is absent, damaged, foreign, hostile or of a newer format.
+    """
+    with open_container(path) as file:
+        table = read_table(file, path)
+    header = _header(path, table.metadata, intact=table.intact)
+    planes: dict[str, int] = {}
+    sizes: dict[str, int] = {}
+    other = table.data_start
+    for entry in table.entries:
+        owner, _, leaf = entry.name.rpartition(".")
+        number = nested_tensors.plane_of(leaf) if owner in header.layers else 0
+        if not number:
+            other += entry.end - entry.begin
+            continue
+        sizes[owner] = entry.end - entry.begin
+        if entry.end <= table.data_bytes:
+            planes[owner] = max(planes.get(owner, 0), number)
+    return PlaneTable(header=header, planes=planes, plane_bytes=sizes, other_bytes=other)
 
 
 def read_header(path: Path) -> Header:
@@ -187,9 +296,12 @@ def read(path: Path) -> tuple[Header, dict[str, Tensor]]:
     with open_container(path) as file:
         table = read_table(file, path)
         header = _header(path, table.metadata, intact=table.intact)
-        _require_fixed(path, header)
+        _require_known(path, header)
+        if table.cut and table.sections < 2:
+            raise damaged(path, "it ends before the first plane of weights")
         tensors = read_tensors(file, path, table)
-    problem = _disagreement(header, tensors)
+    planes = table.sections - 1 if table.cut else nested_tensors.MAX_PLANES
+    problem = _disagreement(header, tensors, planes=planes)
     if problem:
         raise damaged(path, problem)
     return header, tensors
@@ -216,20 +328,40 @@ def _header(path: Path, metadata: Mapping[str, str], *, intact: bool) -> Header:
         raise damaged(path, f"qtool.config is not JSON: {error}") from error
 
 
-def _require_fixed(path: Path, header: Header) -> None:
-    if header.engine != "fixed":
+def _require_known(path: Path, header: Header) -> None:
+    if header.engine not in ("fixed", "nested"):
         raise CheckpointError(
-            f"{path} has the engine {header.engine!r}; this qtool knows only 'fixed'",
+            f"{path} has the engine {header.engine!r}; this qtool knows 'fixed' and 'nested'",
             remedy="install the newest qtool: pip install -U qtool",
         )
 
 
-def _disagreement(header: Header, tensors: Mapping[str, Tensor]) -> str:
-    """Say in one line what is wrong between a header and its tensors, or nothing."""
+def _section_of(header: Header) -> Callable[[str], int]:
+    """The section of every tensor of a switchable file: planes by their number, the rest first."""
+
+    def section(name: str) -> int:
+        owner, _, leaf = name.rpartition(".")
+        return nested_tensors.plane_of(leaf) if owner in header.layers else 0
+
+    return section
+
+
+def _disagreement(
+    header: Header, tensors: Mapping[str, Tensor], *, planes: int = nested_tensors.MAX_PLANES
+) -> str:
+    """Say in one line what is wrong between a header and its tensors, or nothing.
+
+    Args:
+        header: The header.
+        tensors: The tensors that are there.
+        planes: The planes that are, in a switchable file.
+    """
     children: dict[str, set[str]] = {}
     for name in tensors:
         owner, _, leaf = name.rpartition(".")
         children.setdefault(owner, set()).add(leaf)
+    if header.nested is not None:
+        return _nested_disagreement(header, header.nested, tensors, children, planes)
     for owner, leaves in children.items():
         surplus = leaves & (_WEIGHT_TENSORS | _INPUT_TENSORS | _INPUT_TABLE)
         if surplus and owner not in header.layers:
@@ -253,6 +385,36 @@ def _disagreement(header: Header, tensors: Mapping[str, Tensor]) -> str:
             return f"tensor {shown(f'{name}.{min(surplus)}')} does not belong to its layer"
         own = {leaf: tensors[f"{name}.{leaf}"] for leaf in leaves}
         if problem := _layer_problem(layer, own):
+            return f"layer {shown(name)}: {problem}"
+    return ""
+
+
+def _nested_disagreement(
+    header: Header,
+    widths: NestedWidths,
+    tensors: Mapping[str, Tensor],
+    children: Mapping[str, set[str]],
+    planes: int,
+) -> str:
+    for name, layer in header.layers.items():
+        place = f"{name}.products" if layer.kind == "attention" else name
+        own = {leaf: tensors[f"{place}.{leaf}"] for leaf in children.get(place, set())}
+        table = layer.options.get("quantizer") == "table"
+        if layer.kind == "attention":
+            problem = nested_tensors.products_problem(own, widths.activation_bits, table=table)
+        else:
+            stored = layer.options.get("planes")
+            if type(stored) is not int or not 1 <= stored <= nested_tensors.MAX_PLANES:
+                return f"layer {shown(name)}: planes is {shown(str(stored))}, not 1 to 4"
+            first = layer.kind == "conv"
+            problem = nested_tensors.layer_problem(
+                own,
+                widths.weight_bits,
+                [layer.input_bits or 8] if first else widths.activation_bits,
+                planes=min(stored, planes),
+                table=table,
+            )
+        if problem:
             return f"layer {shown(name)}: {problem}"
     return ""
 

@@ -8,6 +8,10 @@ hence this one.
 Two checksums in the metadata make any damage visible: `qtool.header_sha256` covers the metadata
 and the table of tensors, `qtool.sha256` the tensors' bytes in the order of the file.
 
+A container may have sections, told by `qtool.sections`: a JSON list of pairs, where each section
+ends and the checksum of all bytes up to there. Such a file may be cut off behind any section; what
+is left is whole. Its header has room to spare, so that metadata can be changed in place.
+
 Reference: https://github.com/huggingface/safetensors, section "Format".
 """
 
@@ -17,6 +21,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +32,7 @@ from typing import Any, BinaryIO, NoReturn
 import torch
 from torch import Tensor
 
-from qtool.errors import CheckpointError
+from qtool.errors import CheckpointError, QtoolError
 from qtool.io.atomic import write_file
 
 # In the order in which the safetensors library stores them: wide elements first, so that every
@@ -49,7 +54,9 @@ _LENGTH_BYTES = 8
 _ALIGNMENT = 8
 _MAX_HEADER_BYTES = 16_000_000
 _MAX_DIMENSIONS = 8
+_SPARE_BYTES = 256
 _DATA_HASH = "qtool.sha256"
+_SECTIONS = "qtool.sections"
 _HEADER_HASH = "qtool.header_sha256"
 _DAMAGED = "the file is damaged: copy or write it again"
 _FOREIGN = "give a .safetensors file that qtool wrote"
@@ -83,12 +90,18 @@ class Table:
         entries: The tensors in the order of the file.
         data_start: Where the tensors' bytes begin in the file.
         intact: Whether metadata and table match their checksum.
+        data_bytes: Bytes of tensors that are there, up to the end of a section.
+        sections: Number of sections that are there; 1 for a container without any.
+        cut: Whether later sections are missing.
     """
 
     metadata: dict[str, str]
     entries: tuple[Entry, ...]
     data_start: int
     intact: bool
+    data_bytes: int
+    sections: int
+    cut: bool
 
 
 def damaged(path: Path, reason: str) -> CheckpointError:
@@ -135,6 +148,7 @@ def write_container(
     metadata: Mapping[str, str],
     tensors: Mapping[str, Tensor],
     *,
+    section_of: Callable[[str], int] | None = None,
     overwrite: bool = False,
     check: Callable[[Path], None] | None = None,
 ) -> None:
@@ -144,6 +158,7 @@ def write_container(
         path: Where the file goes; it appears whole or not at all.
         metadata: Strings to store beside the tensors.
         tensors: The tensors by name, on any device.
+        section_of: The section each tensor belongs to, 0, 1, ...; None for no sections.
         overwrite: Whether an existing file may be replaced.
         check: As for `write_file`.
 
@@ -161,10 +176,12 @@ def write_container(
         if not _is_plain(name) or name == "__metadata__":
             raise CheckpointError(f"{shown(name)} cannot be the name of a tensor")
     ranks = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
-    order = sorted(plain, key=lambda name: (ranks[plain[name].dtype], name))
+    part = section_of if section_of is not None else lambda _: 0
+    order = sorted(plain, key=lambda name: (part(name), ranks[plain[name].dtype], name))
     table: dict[str, Any] = {}
     digest = hashlib.sha256()
     position = 0
+    ends: dict[int, list[Any]] = {}
     for name in order:
         tensor = plain[name]
         end = position + tensor.numel() * tensor.dtype.itemsize
@@ -175,11 +192,12 @@ def write_container(
         }
         position = end
         digest.update(_bytes_of(tensor))
+        ends[part(name)] = [end, digest.copy().hexdigest()]
     full = {**metadata, _DATA_HASH: digest.hexdigest()}
-    full[_HEADER_HASH] = _header_hash(full, table)
-    header = json.dumps(
-        {"__metadata__": dict(sorted(full.items())), **table}, separators=(",", ":")
-    ).encode()
+    if section_of is not None:
+        full[_SECTIONS] = json.dumps([ends[number] for number in sorted(ends)])
+    header = _header_bytes(full, table)
+    header += b" " * (0 if section_of is None else _SPARE_BYTES)
     header += b" " * (-len(header) % _ALIGNMENT)
 
     def write(file: BinaryIO) -> None:
@@ -189,6 +207,65 @@ def write_container(
             file.write(_bytes_of(plain[name]))
 
     write_file(path, write, overwrite=overwrite, check=check)
+
+
+def change_metadata(
+    path: Path, changes: Mapping[str, str], *, copy: BinaryIO | None = None
+) -> None:
+    """Change metadata of a container, in place or on the way into a copy.
+
+    The header is put down in one write and keeps its length, so that no tensor byte moves.
+
+    Args:
+        path: The container.
+        changes: Metadata to replace.
+        copy: Where the changed container goes; None changes the file itself.
+
+    Raises:
+        CheckpointError: The container is damaged, or its header has no room for the change.
+        QtoolError: The file cannot be written.
+    """
+    with open_container(path) as file:
+        table = read_table(file, path)
+        entries = {
+            entry.name: {
+                "dtype": _CODES[entry.dtype],
+                "shape": list(entry.shape),
+                "data_offsets": [entry.begin, entry.end],
+            }
+            for entry in table.entries
+        }
+        metadata = {k: v for k, v in table.metadata.items() if k != _HEADER_HASH} | dict(changes)
+        header = _header_bytes(metadata, entries)
+        room = table.data_start - _LENGTH_BYTES
+        if copy is None and len(header) > room:
+            raise CheckpointError(
+                f"the header of {path} has no room for the change", remedy="write a copy with -o"
+            )
+        header += b" " * max(room - len(header), -len(header) % _ALIGNMENT)
+        if copy is not None:
+            copy.write(len(header).to_bytes(_LENGTH_BYTES, "little"))
+            copy.write(header)
+            file.seek(table.data_start)
+            shutil.copyfileobj(file, copy)
+            return
+    try:
+        with path.open("r+b") as writable:
+            writable.seek(_LENGTH_BYTES)
+            writable.write(header)
+            writable.flush()
+            os.fsync(writable.fileno())
+    except OSError as error:
+        raise QtoolError(
+            f"cannot write {path}: {error.strerror}", remedy="write a copy with -o"
+        ) from error
+
+
+def _header_bytes(metadata: Mapping[str, str], table: Mapping[str, Any]) -> bytes:
+    """The header in JSON with its checksum, without padding."""
+    full = {**metadata, _HEADER_HASH: _header_hash(metadata, table)}
+    content = {"__metadata__": dict(sorted(full.items())), **table}
+    return json.dumps(content, separators=(",", ":")).encode()
 
 
 @contextmanager
@@ -235,7 +312,10 @@ def read_table(file: BufferedReader, path: Path) -> Table:
         header = strict_json(raw.rstrip(b" "))
         metadata, table = _split(header)
         entries = tuple(sorted(_entries(table), key=lambda entry: (entry.begin, entry.end)))
-        _check_ranges(entries, size - data_start)
+        sections = _sections(metadata)
+        whole = [end for end, _ in sections if end <= size - data_start]
+        cut = 0 < len(whole) < len(sections)
+        _check_ranges(entries, size - data_start, cut_at=whole[-1] if cut else None)
     except ValueError as error:
         reason = "it is not JSON" if isinstance(error, json.JSONDecodeError) else str(error)
         if isinstance(error, UnicodeDecodeError):
@@ -246,11 +326,14 @@ def read_table(file: BufferedReader, path: Path) -> Table:
         entries=entries,
         data_start=data_start,
         intact=metadata.get(_HEADER_HASH) == _header_hash(metadata, table),
+        data_bytes=whole[-1] if cut else size - data_start,
+        sections=len(whole) if sections else 1,
+        cut=cut,
     )
 
 
 def read_tensors(file: BufferedReader, path: Path, table: Table) -> dict[str, Tensor]:
-    """Read all tensors of an open container and check them against the checksum.
+    """Read all tensors that an open container holds and check them against the checksum.
 
     Args:
         file: The container, as `read_table` left it.
@@ -264,13 +347,18 @@ def read_tensors(file: BufferedReader, path: Path, table: Table) -> dict[str, Te
     tensors = {}
     file.seek(table.data_start)
     for entry in table.entries:
+        if entry.end > table.data_bytes:
+            break
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
         view = _bytes_of(tensor)
         if file.readinto(view) != len(view):
             raise damaged(path, "it became shorter while it was read")
         digest.update(view)
         tensors[entry.name] = tensor
-    if table.metadata.get(_DATA_HASH) != digest.hexdigest():
+    expected = table.metadata.get(_DATA_HASH)
+    if table.cut:
+        expected = _sections(table.metadata)[table.sections - 1][1]
+    if expected != digest.hexdigest():
         raise damaged(path, "its tensors do not match their checksum")
     return tensors
 
@@ -332,12 +420,32 @@ def _are_sizes(values: object) -> bool:
     )
 
 
-def _check_ranges(entries: Iterable[Entry], data_bytes: int) -> None:
+def _sections(metadata: Mapping[str, str]) -> list[tuple[int, str]]:
+    """Where the sections end, rising, and the checksums of all bytes up to there."""
+    if _SECTIONS not in metadata:
+        return []
+    pairs = strict_json(metadata[_SECTIONS])
+    if not isinstance(pairs, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 and isinstance(pair[1], str) for pair in pairs
+    ):
+        raise ValueError(f"{_SECTIONS} is not a list of pairs")
+    ends = [pair[0] for pair in pairs]
+    if not _are_sizes(ends) or ends != sorted(ends):
+        raise ValueError(f"the ends in {_SECTIONS} are not sizes that rise")
+    return [(end, digest) for end, digest in pairs]
+
+
+def _check_ranges(entries: Iterable[Entry], data_bytes: int, *, cut_at: int | None) -> None:
     position = 0
+    ends = {0}
     for entry in entries:
         if entry.begin != position:
             problem = "overlaps the tensor before it" if entry.begin < position else "follows a gap"
             raise ValueError(f"{shown(entry.name)} {problem}")
         position = entry.end
-    if position != data_bytes:
+        ends.add(position)
+    if cut_at is not None:
+        if cut_at not in ends or position <= data_bytes:
+            raise ValueError(f"{_SECTIONS} does not fit the tensors")
+    elif position != data_bytes:
         raise ValueError(f"{position:,} bytes of tensors are declared, {data_bytes:,} are there")

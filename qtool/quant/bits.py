@@ -12,7 +12,9 @@ WEIGHT_BITS: Final = (2, 3, 4, 5, 6, 7, 8)
 ACTIVATION_BITS: Final = (*WEIGHT_BITS, 16, 32)
 
 _GRAMMAR = re.compile(r"w([2-8])a([2-8]|16|32)", re.IGNORECASE | re.ASCII)
-_SWITCHABLE = re.compile(r"any(:\d-\d)?", re.IGNORECASE | re.ASCII)
+_SWITCHABLE = re.compile(r"any(?::([2-8])-([2-8]))?", re.IGNORECASE | re.ASCII)
+_DEFAULT_RANGE = (4, 8)
+_ACTIVATION = 8
 _REMEDY = (
     "write w, the bits of weights (2 to 8), a, the bits of activations; for example w4a4 or w8a8"
 )
@@ -42,13 +44,8 @@ class BitSpec:
         """Read `w[2-8]a([2-8]|16|32)`, upper or lower case.
 
         Raises:
-            UsageError: The text is not a bit-width, or asks for a switchable checkpoint.
+            UsageError: The text is not one bit-width.
         """
-        if _SWITCHABLE.fullmatch(text):
-            raise UsageError(
-                f"bits {text!r} asks for a switchable checkpoint, which this version cannot make",
-                remedy="choose one bit-width, for example w4a4",
-            )
         match = _GRAMMAR.fullmatch(text)
         if match is None:
             raise UsageError(f"{text!r} is not a bit-width", remedy=_REMEDY)
@@ -61,6 +58,44 @@ class BitSpec:
 
     def __str__(self) -> str:
         return f"w{self.weight}a{self.activation}"
+
+
+def parse_range(text: str) -> tuple[int, ...] | None:
+    """Read `any[:LO-HI]`, the widths of a switchable checkpoint; None where it is something else.
+
+    Returns:
+        The weight bits, rising; `any` alone is 4 to 8, what post-training quantization can do well.
+
+    Raises:
+        UsageError: LO is above HI.
+    """
+    match = _SWITCHABLE.fullmatch(text)
+    if match is None:
+        return None
+    low, high = (int(match[1]), int(match[2])) if match[1] else _DEFAULT_RANGE
+    if low > high:
+        raise UsageError(f"{text!r} is an empty range", remedy=f"write any:{high}-{low}")
+    return tuple(range(low, high + 1))
+
+
+def parse_width(width: int | str) -> BitSpec:
+    """Read a width of a switchable checkpoint: `wNaM`, or N alone for N-bit weights.
+
+    Activations of N alone stay at 8 bits: they are not stored, and the integer engine multiplies
+    8-bit numbers as fast as narrower ones.
+
+    Raises:
+        UsageError: It is neither.
+    """
+    text = str(width).strip()
+    if not isinstance(width, bool) and re.fullmatch("[2-8]", text, re.ASCII):
+        return BitSpec(int(text), _ACTIVATION)
+    if _GRAMMAR.fullmatch(text):
+        return BitSpec.parse(text)
+    raise UsageError(
+        f"{text!r} is not a bit-width of a switchable checkpoint",
+        remedy="write the bits of weights, 2 to 8, or both, for example 4 or w4a4",
+    )
 
 
 def parse_average(text: str) -> float | None:

@@ -123,6 +123,21 @@ def kept_bits(name: str, keep: Sequence[tuple[str, BitSpec]]) -> BitSpec | None:
     return next((kept for glob, kept in reversed(keep) if fnmatchcase(name, glob)), None)
 
 
+def products_quantizers(activation_bits: int, quantizer: Quantizer) -> tuple[Quantizer, str]:
+    """How the operands of attention are quantized at a width.
+
+    Args:
+        activation_bits: Bits of all four operands.
+        quantizer: How activations of fewer than 8 bits are quantized.
+
+    Returns:
+        The quantizer of queries, keys and values, and the one of probabilities.
+    """
+    if quantizer == "table" and activation_bits < GRID_BITS:
+        return "table", "table"
+    return "uniform", "log2" if activation_bits <= LOG2_MAX_BITS else "uniform"
+
+
 def _layer_plan(
     kind: LayerKind, bits: BitSpec, quantizer: Quantizer, *, sees_picture: bool, norm: str
 ) -> LayerPlan:
@@ -131,10 +146,8 @@ def _layer_plan(
         quantizer = "uniform"
     if kind != "attention":
         return LayerPlan(kind, bits.weight, width, quantizer, norm=norm)
-    if quantizer == "table":
-        return LayerPlan(kind, 0, width, quantizer, "table")
-    probabilities = "log2" if width <= LOG2_MAX_BITS else "uniform"
-    return LayerPlan(kind, 0, width, quantizer, probabilities)
+    operands, probabilities = products_quantizers(width, quantizer)
+    return LayerPlan(kind, 0, width, operands, probabilities)
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -9,6 +9,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from qtool.errors import UsageError
+from qtool.quant.bits import parse_width
 from qtool.settings.base import CommonSettings, ReportPath
 
 FidelityProtocol = Literal["plain", "uhdm", "fhdmi", "tip2018", "lcdmoire"]
@@ -45,6 +46,10 @@ class EvaluateSettings(CommonSettings):
         description="psnr, ssim, psnr_aligned, moire_luma, moire_chroma or do_no_harm; repeat for "
         "more, otherwise all there is data for.",
     )
+    bits: tuple[str, ...] = Field(
+        default=(),
+        description="Width to run a switchable checkpoint at, 4 or w4a4; repeat for a table.",
+    )
     weights: str = Field(
         default="pretrained", min_length=1, description="pretrained, or a weight file."
     )
@@ -77,6 +82,16 @@ class EvaluateSettings(CommonSettings):
                 remedy="name that folder with --baseline",
             )
         return self
+
+    @model_validator(mode="after")
+    def _widths_can_be_read(self) -> Self:
+        _ = self.widths
+        return self
+
+    @property
+    def widths(self) -> tuple[str, ...]:
+        """`bits` as names such as w4a8, each once, in the order given."""
+        return tuple(dict.fromkeys(str(parse_width(width)) for width in self.bits))
 
     @property
     def gates(self) -> tuple[tuple[str, float], ...]:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
 from qtool.errors import UsageError
-from qtool.quant.bits import BitSpec, parse_average, parse_rule
+from qtool.quant.bits import BitSpec, parse_average, parse_range, parse_rule
 from qtool.settings.base import Effort, ReportPath, WriterSettings
 
 Budget = Literal["size", "macs"]
@@ -17,6 +17,8 @@ Recipe = Literal["paper", "strong"]
 
 
 def _checked_bits(value: str) -> str:
+    if parse_range(value) is not None:
+        return value.lower()
     average = parse_average(value)
     if average is not None:
         return f"mixed:{average:g}"
@@ -40,7 +42,7 @@ class QuantizeSettings(WriterSettings):
     bits: Annotated[str, AfterValidator(_checked_bits)] = Field(
         default="w4a4",
         description="Bits of weights and activations, 2 to 8 each; mixed:AVG chooses them layer by "
-        "layer.",
+        "layer; any or any:LO-HI makes one file that runs at all these widths.",
     )
     budget: Budget = Field(
         default="size",
@@ -95,11 +97,22 @@ class QuantizeSettings(WriterSettings):
 
     @property
     def bit_spec(self) -> BitSpec:
-        """The bits of all layers without a rule of their own; of mixed ones, the mean."""
-        average = self.average_bits
+        """The bits of all layers without a rule of their own.
+
+        Of mixed ones, the mean; of a switchable file, what it starts with: most bits for weights,
+        8 for activations.
+        """
+        widths, average = self.switchable, self.average_bits
+        if widths is not None:
+            return BitSpec(max(widths), 8)
         if average is None:
             return BitSpec.parse(self.bits)
         return BitSpec(round(average), round(average))
+
+    @property
+    def switchable(self) -> tuple[int, ...] | None:
+        """The weight bits of a switchable file, rising; None for a file with one width."""
+        return parse_range(self.bits)
 
     @property
     def average_bits(self) -> float | None:

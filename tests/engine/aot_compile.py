@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 from qtool.engine.kernels import (
     conv2d,
     linear,
+    linear_nested,
     matmul,
     matmul_log2,
     pack_codes,
@@ -43,6 +44,7 @@ class Case:
     types: dict[str, str]
     constants: dict[str, object]
     options: dict[str, object] = field(default_factory=dict)
+    unaligned: tuple[str, ...] = ()
 
 
 def strides(left: str, right: str) -> dict[str, str]:
@@ -78,6 +80,11 @@ def linear_cases() -> list[Case]:
     types = types | {"weight": "*i8"}
     name = "linear int8"
     cases.append(Case(name, linear.linear_kernel, types, constants, linear.PREPARED_OPTIONS))
+    types = {name: kind for name, kind in types.items() if name not in ("weight_zero", "row_bytes")}
+    types["shift"] = "i32"
+    constants = LINEAR | linear_nested.TILE
+    kernel, options = linear_nested.linear_nested_kernel, linear_nested.OPTIONS
+    cases.append(Case("linear_nested", kernel, types, constants, options, unaligned=("shift",)))
     return cases
 
 
@@ -236,7 +243,9 @@ def compile_case(case: Case, capability: int) -> dict[str, object]:
     signature |= dict.fromkeys(case.constants, "constexpr")
     aligned = [["tt.divisibility", 16]]
     attributes = {
-        (index,): aligned for index, name in enumerate(names) if signature[name] != "constexpr"
+        (index,): aligned
+        for index, name in enumerate(names)
+        if signature[name] != "constexpr" and name not in case.unaligned
     }
     source = ASTSource(case.kernel, signature, constexprs=case.constants, attrs=attributes)
     target = GPUTarget("cuda", capability, 32)

@@ -174,6 +174,40 @@ def test_large_convolutions_are_exact_before_the_scale(side, device, assert_equa
     assert y.flatten().tolist() == [float(torch.tensor(total, dtype=torch.float32))] * 2
 
 
+@pytest.mark.parametrize("per_token", [False, True], ids=["tensor", "token"])
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_linear_nested(bits, per_token, draw, assert_equal_everywhere):
+    for rows, features, channels in SIZES:
+        x, x_scale, x_zero, _, scale, _ = linear_arguments(
+            draw, rows, features, channels, bits=8, per_token=per_token
+        )
+        weight = draw.codes(channels, features).view(torch.int8)
+        bias = draw.floats(channels) if rows == 64 else None
+        y = assert_equal_everywhere(
+            ops.linear_nested, x, x_scale, x_zero, weight, scale, bias, bits=bits
+        )
+        # The levels as codes of their own, with the zero point between the two middle ones.
+        levels = 2 * ((weight.int() + 128) >> (8 - bits)) - (2**bits - 1)
+        sums = (x.double() - x_zero.double()) @ levels.double().T
+        expected = sums.float() * (x_scale * scale)
+        assert torch.equal(y, expected if bias is None else expected + bias)
+
+
+def test_the_largest_nested_sums_fit_int32(device, assert_equal_everywhere):
+    terms = 16384
+    weight = torch.full((3, terms), -128, dtype=torch.int8, device=device)
+    weight[1] = 127
+    one = torch.ones(3, device=device)
+    for code, zero in ((255, 0), (0, 255), (255, 255)):
+        x = torch.full((2, terms), code, dtype=torch.uint8, device=device)
+        offset = torch.tensor([zero], device=device).int()
+        y = assert_equal_everywhere(
+            ops.linear_nested, x, one[:1], offset, weight, one, None, bits=8
+        )
+        assert y[0, 1].item() == float((code - zero) * 255 * terms)
+        assert y[0, 0].item() == -y[0, 1].item()
+
+
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 1, 2)])
 def test_matmul(shape, draw, assert_equal_everywhere):
     a, b = draw.codes(*shape, 65, 33), draw.codes(*shape, 37, 33).transpose(-1, -2)

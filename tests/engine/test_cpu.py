@@ -83,3 +83,17 @@ def test_the_self_check_notices_saturation(monkeypatch):
     cpu.int8_product_is_exact.cache_clear()
     assert not cpu.int8_product_is_exact()
     cpu.int8_product_is_exact.cache_clear()
+
+
+@pytest.mark.parametrize("units", [True, False], ids=["int8 units", "float32"])
+@pytest.mark.parametrize("bits", [2, 5, 8])
+def test_nested_layers_are_exact_with_and_without_int8_units(monkeypatch, draw, units, bits):
+    rows, terms = cpu.BLOCK_ROWS + 3, 1100
+    x, x_scale, x_zero = draw.codes(rows, terms), draw.scales(rows, 1), draw.zeros(rows, 1)
+    weight, scale = draw.codes(3, terms).view(torch.int8), draw.scales(3)
+    weight[0], weight[1] = -128, 127
+    with dispatch.use_backend("reference"):
+        expected = ops.linear_nested(x, x_scale, x_zero, weight, scale, bits=bits)
+    monkeypatch.setattr(cpu, "has_int8_units", lambda: units)
+    y = cpu.linear_nested(x, x_scale, x_zero, weight, scale, None, bits)
+    assert torch.equal(y, expected)

@@ -60,6 +60,15 @@ def arguments(op, draw):
             [1, 2],
             2,
         ),
+        "linear_nested": (
+            draw.codes(2, 7, 11),
+            draw.scales(2, 7, 1),
+            draw.zeros(2, 7, 1),
+            draw.codes(5, 11).view(torch.int8),
+            draw.scales(5),
+            draw.floats(5),
+            3,
+        ),
         "matmul": (draw.codes(2, 3, 5, 7), one, zero, draw.codes(2, 3, 7, 4), one, zero),
         "matmul_log2": (draw.codes(2, 5, 7, bits=4), one, draw.codes(2, 7, 3), one, zero, 4),
     }[op]

@@ -326,11 +326,11 @@ def test_pickle_is_not_opened(tmp_path):
 
 def test_engine_of_a_later_version_is_named(tmp_path):
     header, tensors = _model()
-    later = header.model_copy(update={"engine": "nested"})
+    later = header.model_copy(update={"engine": "branches"})
     path = _store(tmp_path / "a", later, tensors)
-    assert checkpoint.read_header(path).engine == "nested"
-    _refused(path, "engine 'nested'")
-    with pytest.raises(CheckpointError, match="engine 'nested'"):
+    assert checkpoint.read_header(path).engine == "branches"
+    _refused(path, "engine 'branches'")
+    with pytest.raises(CheckpointError, match="engine 'branches'"):
         checkpoint.write(tmp_path / "b", later, tensors)
 
 

@@ -7,7 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qtool.errors import UsageError
-from qtool.quant.bits import ACTIVATION_BITS, WEIGHT_BITS, BitSpec, parse_average, parse_rule
+from qtool.quant.bits import (
+    ACTIVATION_BITS,
+    WEIGHT_BITS,
+    BitSpec,
+    parse_average,
+    parse_range,
+    parse_rule,
+    parse_width,
+)
 
 
 @given(
@@ -37,10 +45,28 @@ def test_wrong_widths_are_refused(text, around):
         BitSpec.parse(around.format(text))
 
 
-@pytest.mark.parametrize("text", ["any", "ANY", "any:2-8"])
-def test_switchable_checkpoints_are_refused_by_name(text):
-    with pytest.raises(UsageError, match="switchable"):
-        BitSpec.parse(text)
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("any", (4, 5, 6, 7, 8)),
+        ("ANY:2-8", (2, 3, 4, 5, 6, 7, 8)),
+        ("any:4-4", (4,)),
+        ("w4a4", None),
+    ],
+)
+def test_ranges_of_switchable_files(text, expected):
+    assert parse_range(text) == expected
+
+
+def test_a_falling_range_is_refused():
+    with pytest.raises(UsageError, match="empty range") as caught:
+        parse_range("any:8-4")
+    assert "any:4-8" in caught.value.remedy
+
+
+@pytest.mark.parametrize(("width", "expected"), [(4, "w4a8"), ("6", "w6a8"), ("W4A4", "w4a4")])
+def test_widths_of_switchable_files(width, expected):
+    assert str(parse_width(width)) == expected
 
 
 @pytest.mark.parametrize(("weight", "activation"), [(1, 4), (9, 4), (4, 12), (16, 16)])

@@ -50,7 +50,7 @@ def test_settings_do_not_change():
         ({"device": "gpu"}, "there is no device 'gpu'"),
         ({"device": "cuda:x"}, "there is no device 'cuda:x'"),
         ({"bits": "w4a16"}, "w4a16 keeps activations in floating point"),
-        ({"bits": "any"}, "switchable"),
+        ({"bits": "any:8-4"}, "empty range"),
         ({"report": "report.pdf"}, "kind of report"),
         ({"keep": ("head",)}, "'head' is not GLOB=BITS"),
         ({"cuont": 3}, "cuont is not a setting here"),

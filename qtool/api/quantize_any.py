@@ -1,0 +1,424 @@
+"""`qtool quantize --bits any`: one checkpoint that runs at every width, chosen when it runs."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qtool import __version__
+from qtool.api import calibration, layer_report
+from qtool.api.load import restore
+from qtool.api.nested_model import choose_bits
+from qtool.api.runtime import notice, write_report
+from qtool.api.synthesize import denormalised, sheet_png
+from qtool.errors import Progress, QtoolError, UsageError
+from qtool.io import checkpoint, nested_tensors
+from qtool.methods.multiquant.nested import (
+    NestedConfig,
+    NestedRecord,
+    calibrate,
+    freeze,
+    simulate,
+)
+from qtool.methods.multiquant.sensitivity import sensitivities
+from qtool.models import vision
+from qtool.quant import widths
+from qtool.quant.bits import BitSpec
+from qtool.quant.macs import multiplications
+from qtool.quant.nested_storage import round_to_storage, stored
+from qtool.quant.plan import LayerPlan, Quantizer, plan_layers, weight_parameters
+from qtool.quant.widths import Offer
+from qtool.report import Picture, Result, Table
+from qtool.settings.quantize import QuantizeSettings
+
+METHOD = "nested 2-bit planes"
+PAPER = "MultiQuant, arXiv 2305.08117"
+TRAINED_DOWN_TO = 4
+"""Below this width, weights rounded after training rarely serve."""
+
+_TOP_ACTIVATION = 8
+_SAMPLE = 32
+_SENSITIVITY_IMAGES = 8
+
+
+def activation_widths(weight: tuple[int, ...]) -> tuple[int, ...]:
+    """The activation widths of a file: those of the weights, and 8, which is the usual one."""
+    return tuple(sorted({*weight, _TOP_ACTIVATION}))
+
+
+def quantize(
+    settings: QuantizeSettings,
+    opened: vision.OpenedModel,
+    *,
+    steps: int,
+    drop: float,
+    batch_size: int,
+    progress: Progress | None,
+) -> Result:
+    """Quantize an opened classifier to one checkpoint of nested planes.
+
+    Args:
+        settings: What to do; their `switchable` names the widths.
+        opened: The float model.
+        steps: Training steps per block.
+        drop: Share of activations left unrounded in a training step.
+        batch_size: Images synthesized together.
+        progress: Told about every step.
+
+    Returns:
+        One item per layer; size and check of the file in the summary.
+
+    Raises:
+        QtoolError: One of its kinds, for wrong settings or refused output.
+    """
+    started = time.monotonic()
+    bits = settings.switchable or ()
+    offer = Offer(bits, activation_widths(bits))
+    layout = vision.layout(opened.model)
+    plans, pinned = _plans(settings, opened.model, layout, offer)
+    if min(bits) < TRAINED_DOWN_TO:
+        notice.warning(
+            "%d-bit weights without training lose much; measure before use: "
+            "qtool eval %s --bits %d",
+            min(bits),
+            settings.output,
+            min(bits),
+        )
+    made = calibration.gather(settings, opened, batch_size=batch_size, progress=progress)
+    pixels = made.pixels.to(next(opened.model.parameters()).device)
+    gathered = time.monotonic()
+
+    quantizer: Quantizer = "table" if settings.recipe == "strong" else "uniform"
+    model = simulate(
+        copy.deepcopy(opened.model),
+        plans,
+        layout.attentions,
+        offer=offer,
+        quantizer=quantizer,
+        pinned=pinned,
+    )
+    records = calibrate(
+        model,
+        opened.model,
+        pixels,
+        layout.units,
+        offer=offer,
+        config=NestedConfig(steps=steps, seed=settings.seed, drop=drop),
+        norms=layout.norms,
+        progress=progress,
+    )
+    round_to_storage(model)
+    calibrated = time.monotonic()
+    sample = pixels[:_SAMPLE]
+    costs = _sensitivities(settings, model, plans, pinned, pixels, bits, progress)
+    expected = _outputs(model, sample, _checked_widths(offer))
+    freeze(model)
+    verified: dict[str, float] = {}
+
+    def verify(path: Path) -> None:
+        if settings.verify:
+            verified.update(_verify(path, settings.output, sample, expected))
+
+    macs = multiplications(opened.model, plans, pixels[:1])
+    header = _header(settings, opened, plans, made, offer, pinned, quantizer, macs, costs)
+    checkpoint.write(
+        settings.output, header, stored(model), overwrite=settings.overwrite, check=verify
+    )
+    summary: dict[str, Any] = {
+        "model": opened.name,
+        "architecture": opened.architecture,
+        "bits": settings.bits,
+        "engine": "nested",
+        "widths": list(bits),
+        "recipe": settings.recipe,
+        "calibration": calibration.source(settings),
+        "count": len(pixels),
+        "output": str(settings.output),
+        "bytes": settings.output.stat().st_size,
+        "float_bytes": sum(p.numel() * 4 for p in opened.model.parameters()),
+        "quantized_weights": weight_parameters(opened.model, plans),
+        **made.summary,
+        "calibration_agreement": _agreement(opened.model, sample, expected),
+        "seconds": {
+            "calibration_images": round(gathered - started, 1),
+            "calibration": round(calibrated - gathered, 1),
+            "total": round(time.monotonic() - started, 1),
+        },
+    }
+    if verified:
+        summary["verify"] = verified
+    items = _items(model, opened.model, plans, sample, offer, macs)
+    result = Result(
+        "quantize",
+        items=items,
+        summary=summary,
+        tables=_tables(summary, items, records, offer),
+        pictures=(
+            Picture("Calibration images", sheet_png(denormalised(pixels.cpu(), opened.data))),
+        ),
+    )
+    write_report(settings.report, result)
+    if made.work is not None:
+        made.work.forget()
+    return result
+
+
+def _plans(
+    settings: QuantizeSettings, model: nn.Module, layout: vision.Layout, offer: Offer
+) -> tuple[dict[str, LayerPlan], list[str]]:
+    """The planned layers, and those of them that `--keep` pins to a width.
+
+    Patch embedding and head stay in half precision unless they are named.
+
+    Raises:
+        UsageError: The model is no ViT, DeiT or Swin, or a pinned width is none of the file's.
+    """
+    if not layout.attentions:
+        raise UsageError(
+            f"{type(model).__name__} cannot be made switchable: only ViT, DeiT and Swin can",
+            remedy="choose one bit-width, for example w4a8",
+        )
+    ends = [
+        name
+        for name in layout.units
+        if isinstance(model.get_submodule(name), nn.Linear | nn.Conv2d)
+        and not any(fnmatchcase(name, glob) for glob, _ in settings.kept)
+    ]
+    plans = plan_layers(
+        model,
+        attentions=[site.name for site in layout.attentions],
+        bits=settings.bit_spec,
+        keep=settings.kept,
+        skip=[*settings.skip, *ends],
+    )
+    pinned = []
+    for name, plan in plans.items():
+        if any(fnmatchcase(name, glob) for glob, _ in settings.kept) and plan.weight_bits:
+            spec = BitSpec(plan.weight_bits, plan.input_bits)
+            if spec.weight not in offer.weight or spec.activation not in offer.activation:
+                raise UsageError(
+                    f"{name} cannot be kept at {spec} in a file of {settings.bits}",
+                    remedy="keep it at one of the widths of the file",
+                )
+            pinned.append(name)
+    return plans, pinned
+
+
+def _sensitivities(
+    settings: QuantizeSettings,
+    model: nn.Module,
+    plans: Mapping[str, LayerPlan],
+    pinned: list[str],
+    pixels: Tensor,
+    bits: tuple[int, ...],
+    progress: Progress | None,
+) -> dict[str, list[float]]:
+    """What each layer costs at each width, for `switch-bits --budget`; none with effort quick."""
+    if settings.effort == "quick" or len(bits) < 2:
+        return {}
+    names = [name for name, plan in plans.items() if plan.weight_bits and name not in pinned]
+    return sensitivities(model, pixels[:_SENSITIVITY_IMAGES], names, bits, progress=progress)
+
+
+def _checked_widths(offer: Offer) -> list[BitSpec]:
+    """The widths at which a file is compared with what calibration computed."""
+    low, high = offer.weight[0], offer.weight[-1]
+    specs = (BitSpec(high, _TOP_ACTIVATION), BitSpec(low, _TOP_ACTIVATION), BitSpec(low, low))
+    return list(dict.fromkeys(specs))
+
+
+def _outputs(model: nn.Module, sample: Tensor, specs: list[BitSpec]) -> dict[str, Tensor]:
+    outputs = {}
+    for spec in specs:
+        with torch.no_grad(), widths.bits(str(spec)):
+            outputs[str(spec)] = model(sample)
+    return outputs
+
+
+def _agreement(
+    reference: nn.Module, sample: Tensor, outputs: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Share of images on which the float model and each width choose the same class."""
+    with torch.no_grad():
+        choice = reference(sample).argmax(dim=1)
+    return {
+        name: round(float((logits.argmax(dim=1) == choice).float().mean()), 4)
+        for name, logits in outputs.items()
+    }
+
+
+def _verify(
+    path: Path, output: Path, sample: Tensor, expected: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Read a file back and compare it with what calibration computed, at several widths.
+
+    Raises:
+        QtoolError: The file computes something else.
+    """
+    header, tensors = checkpoint.read(path)
+    model = restore(header, tensors, origin=str(output)).to(sample.device)
+    choose_bits(model, header, None, path=str(output))
+    worst = 0.0
+    for spec, logits in expected.items():
+        with torch.no_grad(), widths.bits(spec):
+            difference = float((model(sample) - logits).abs().max())
+        # Not `>`, so that a difference of NaN fails as well.
+        if not difference <= 0.05 * float(logits.abs().max()):
+            raise QtoolError(
+                f"{output} was not written: read back, it computes other outputs at {spec} than "
+                f"calibration did (largest difference {difference:.3g})",
+                remedy="please report this with the command you ran",
+            )
+        worst = max(worst, difference)
+    return {"max_abs_difference": worst}
+
+
+def _header(
+    settings: QuantizeSettings,
+    opened: vision.OpenedModel,
+    plans: Mapping[str, LayerPlan],
+    made: calibration.Calibration,
+    offer: Offer,
+    pinned: list[str],
+    quantizer: Quantizer,
+    macs: Mapping[str, int],
+    costs: Mapping[str, list[float]],
+) -> checkpoint.Header:
+    layers = {}
+    for name, plan in plans.items():
+        options: dict[str, str | int | float | bool | None] = {
+            "quantizer": "uniform" if plan.kind == "conv" else quantizer,
+            "macs": macs[name],
+        }
+        if plan.weight_bits:
+            planes = nested_tensors.planes_for(max(offer.weight))
+            options |= {"planes": planes, "pinned": name in pinned}
+        layers[name] = checkpoint.LayerBits(
+            kind=plan.kind,
+            weight_bits=plan.weight_bits or None,
+            input_bits=plan.input_bits,
+            options=options,
+        )
+    usual = [f"w{bits}a{_TOP_ACTIVATION}" for bits in reversed(offer.weight)]
+    equal = [f"w{bits}a{bits}" for bits in reversed(offer.weight)]
+    return checkpoint.Header(
+        architecture=opened.architecture,
+        model_args=opened.model_args,
+        data=opened.data.to_dict(),
+        engine="nested",
+        bits=list(dict.fromkeys([*usual, *equal])),
+        active_bits=str(settings.bit_spec),
+        layers=layers,
+        quantization_config={
+            "quant_method": "qtool",
+            "format": "nested-planes",
+            "quantization_status": "compressed",
+            "ignore": list(settings.skip),
+        },
+        provenance={
+            "qtool": __version__,
+            "method": f"{METHOD}, calibrated on {made.method}",
+            "paper": PAPER,
+            "recipe": settings.recipe,
+            "effort": settings.effort,
+            "seed": settings.seed,
+            "count": len(made.pixels),
+            "source": opened.name,
+            "weights_source": opened.weights_source,
+            "weights_sha256": opened.weights_sha256,
+        },
+        nested=checkpoint.NestedWidths(
+            weight_bits=list(offer.weight),
+            activation_bits=list(offer.activation),
+            sensitivity={name: list(values) for name, values in costs.items()},
+        ),
+    )
+
+
+def _items(
+    model: nn.Module,
+    reference: nn.Module,
+    plans: Mapping[str, LayerPlan],
+    sample: Tensor,
+    offer: Offer,
+    macs: Mapping[str, int],
+) -> list[dict[str, Any]]:
+    """One record per layer: backend, multiplications, output errors at the ends of the range."""
+    high, low = BitSpec(offer.weight[-1], _TOP_ACTIVATION), BitSpec(offer.weight[0], 8)
+    measured = {}
+    for spec in dict.fromkeys((high, low)):
+        with widths.bits(str(spec)):
+            measured[str(spec)] = layer_report.measure(
+                model, reference, plans, sample, losses=dict.fromkeys(plans, 0.0)
+            )
+    first = measured[str(high)]
+    return [
+        {
+            "layer": record["layer"],
+            "kind": record["kind"],
+            "backend": record["backend"],
+            "macs": macs[record["layer"]],
+            "output_error": {spec: rows[index]["output_error"] for spec, rows in measured.items()},
+        }
+        for index, record in enumerate(first)
+    ]
+
+
+def _tables(
+    summary: Mapping[str, Any],
+    items: list[dict[str, Any]],
+    records: list[NestedRecord],
+    offer: Offer,
+) -> tuple[Table, ...]:
+    size = f"{summary['bytes'] / 1e6:.2f} MB (float {summary['float_bytes'] / 1e6:.2f} MB)"
+    agreement = summary["calibration_agreement"]
+    facts: list[tuple[str, Any]] = [
+        ("file", summary["output"]),
+        ("size, all widths", size),
+        ("weight bits", ", ".join(map(str, offer.weight))),
+        ("calibration", f"{summary['count']} images, {summary['calibration']}"),
+        *((f"agreement with float, {spec}", f"{share:.1%}") for spec, share in agreement.items()),
+        ("time", f"{summary['seconds']['total']:.0f} s"),
+    ]
+    if "verify" in summary:
+        worst = summary["verify"]["max_abs_difference"]
+        facts.append(("reloaded file differs by at most", f"{worst:.2g}"))
+    specs = list(records[0].before) if records else []
+    errors = list(items[0]["output_error"]) if items else []
+    return (
+        Table("Quantized", ("what", "value"), facts),
+        Table(
+            "Layers",
+            ("layer", "backend", *(f"output error {spec}" for spec in errors)),
+            [
+                (
+                    item["layer"],
+                    item["backend"],
+                    *(layer_report.shown(item["output_error"][spec]) for spec in errors),
+                )
+                for item in items
+            ],
+        ),
+        Table(
+            "Blocks (squared error relative to the block's output, before and after training)",
+            ("block", *specs),
+            [
+                (
+                    record.name,
+                    *(
+                        f"{layer_report.shown(record.before[spec])} > "
+                        f"{layer_report.shown(record.after[spec])}"
+                        for spec in specs
+                    ),
+                )
+                for record in records
+            ],
+        ),
+    )

@@ -1,0 +1,289 @@
+"""`qtool switch-bits`: at which of its widths a switchable checkpoint runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from qtool.api.file_widths import bit_operations, chosen, layers_in, needed_bytes, with_bits
+from qtool.errors import CheckpointError, Progress, UsageError
+from qtool.io import checkpoint, folders, nested_tensors
+from qtool.io.atomic import write_file
+from qtool.methods.multiquant.budget import Option, allot
+from qtool.quant.bits import BitSpec, parse_width
+from qtool.quant.widths import Choice, SwitchableLayer
+from qtool.report import Result, Table
+from qtool.settings.switch_bits import Budget, SwitchBitsSettings, parse_budget
+
+
+def switch_bits(settings: SwitchBitsSettings, progress: Progress | None = None) -> Result:
+    """List or change the widths of a switchable checkpoint; no weight is touched.
+
+    Args:
+        settings: What to do.
+        progress: Not needed; this is quick.
+
+    Returns:
+        One item per layer with its width; size and bit operations in the summary.
+
+    Raises:
+        UsageError: The file lacks a width, or no choice of bits fits the budget.
+        QtoolError: The file is damaged, or the copy cannot be written.
+    """
+    table = checkpoint.read_planes(settings.target)
+    if table.header.nested is None:
+        raise UsageError(
+            f"{settings.target} has one width per layer, {table.header.active_bits}",
+            remedy="make a switchable file with `qtool quantize MODEL --bits any`",
+        )
+    layers = layers_in(table)
+    if settings.listing:
+        return _listed(settings, table, layers)
+    if settings.out is not None:
+        folders.check_output(settings.out, overwrite=settings.overwrite)
+        if settings.out.exists() and settings.out.samefile(settings.target):
+            raise UsageError("the copy would replace its source", remedy="give --in-place")
+    specs = _wanted(settings, table, layers)
+    header = with_bits(table, specs)
+    if not settings.dry_run:
+        _write(settings, table, header, specs)
+    summary = _summary(settings, table, header, specs)
+    return Result(
+        "switch-bits",
+        status="planned" if settings.dry_run else "ok",
+        items=_items(header, specs, layers),
+        summary=summary,
+        tables=(_facts(summary),),
+    )
+
+
+def _wanted(
+    settings: SwitchBitsSettings,
+    table: checkpoint.PlaneTable,
+    layers: Mapping[str, SwitchableLayer],
+) -> dict[str, BitSpec]:
+    if settings.budget is not None:
+        return _budgeted(table, layers, parse_budget(settings.budget))
+    for glob, _ in settings.rules:
+        if not any(fnmatchcase(name, glob) for name in layers):
+            raise UsageError(
+                f"no layer matches {glob!r}",
+                remedy=f"layers are named like {', '.join(list(layers)[:4])}",
+            )
+    choice = Choice(settings.rules)
+    if settings.bits is not None:
+        choice = choice.after(Choice.of(settings.bits))
+    try:
+        return chosen(layers, choice)
+    except UsageError as error:
+        raise UsageError(f"{settings.target}: {error.message}", remedy=error.remedy) from error
+
+
+def _budgeted(
+    table: checkpoint.PlaneTable, layers: Mapping[str, SwitchableLayer], budget: Budget
+) -> dict[str, BitSpec]:
+    """The widths with the least cost by the file's sensitivities that fit a budget.
+
+    Raises:
+        UsageError: The file has no sensitivities, or nothing fits.
+    """
+    header, widths = table.header, table.header.nested
+    if widths is None or not widths.sensitivity:
+        raise UsageError(
+            "the file holds no sensitivities to choose by",
+            remedy="quantize again with --effort standard, or choose bits with --layers",
+        )
+    full = {name: layer.active for name, layer in layers.items()}
+    for name in widths.sensitivity:
+        full[name] = BitSpec(max(widths.weight_bits), full[name].activation)
+    is_size = budget.measure == "bytes"
+    total = bit_operations(header, full)
+    limit = budget.amount if is_size else budget.amount * total
+
+    def takes(name: str, bits: int) -> float:
+        if is_size:
+            return table.plane_bytes[name] * nested_tensors.planes_for(bits)
+        macs = header.layers[name].options.get("macs")
+        return (macs if isinstance(macs, int) else 0) * bits * full[name].activation
+
+    options = {
+        name: [
+            Option(bits, takes(name, bits), cost)
+            for bits, cost in zip(widths.weight_bits, costs, strict=True)
+            if bits in layers[name].offer.present
+        ]
+        for name, costs in widths.sensitivity.items()
+    }
+    whole = needed_bytes(table, full) if is_size else total
+    fixed = whole - sum(takes(name, full[name].weight) for name in options)
+    found = allot(options, limit - fixed)
+    if found is None:
+        least = fixed + sum(own[0].takes for own in options.values())
+        words = f"{least / 1e6:.2f} MB" if is_size else f"{100 * least / total:.1f} %"
+        raise UsageError(
+            f"nothing fits the budget; the narrowest widths take {words}",
+            remedy="raise --budget",
+        )
+    return full | {name: BitSpec(bits, full[name].activation) for name, bits in found.items()}
+
+
+def _write(
+    settings: SwitchBitsSettings,
+    table: checkpoint.PlaneTable,
+    header: checkpoint.Header,
+    specs: Mapping[str, BitSpec],
+) -> None:
+    if settings.out is None:
+        checkpoint.change_header(settings.target, header)
+    elif settings.drop_unused:
+        _write_fewer(settings.target, settings.out, header, specs, overwrite=settings.overwrite)
+    else:
+
+        def write(file: BinaryIO) -> None:
+            checkpoint.change_header(settings.target, header, copy=file)
+
+        write_file(settings.out, write, overwrite=settings.overwrite)
+
+
+def _write_fewer(
+    source: Path,
+    out: Path,
+    header: checkpoint.Header,
+    specs: Mapping[str, BitSpec],
+    *,
+    overwrite: bool,
+) -> None:
+    """Write a copy without the planes, and the rows of scales, that no layer needs."""
+    widths = header.nested
+    if widths is None:
+        raise CheckpointError(f"{source} has no planes")
+    _, tensors = checkpoint.read(source)
+    layers = {}
+    top = 0
+    for name, layer in header.layers.items():
+        layers[name] = layer
+        if layer.weight_bits:
+            planes = nested_tensors.planes_for(specs[name].weight)
+            top = max(top, nested_tensors.bits_of(planes))
+            layers[name] = layer.model_copy(update={"options": layer.options | {"planes": planes}})
+            for number in range(planes + 1, nested_tensors.MAX_PLANES + 1):
+                tensors.pop(f"{name}.p{number}", None)
+    kept = [bits for bits in widths.weight_bits if bits <= top]
+    rows = len(kept)
+    for name, layer in layers.items():
+        if layer.weight_bits:
+            for leaf in ("alpha", "delta"):
+                tensors[f"{name}.{leaf}"] = tensors[f"{name}.{leaf}"][:rows].clone()
+    least = min(
+        nested_tensors.bits_of(nested_tensors.planes_for(specs[name].weight))
+        for name, layer in layers.items()
+        if layer.weight_bits and not layer.options.get("pinned")
+    )
+    names = [name for name in header.bits if parse_width(name).weight <= least]
+    fewer = widths.model_copy(
+        update={
+            "weight_bits": kept,
+            "sensitivity": {name: costs[:rows] for name, costs in widths.sensitivity.items()},
+        }
+    )
+    smaller = header.model_copy(update={"layers": layers, "bits": names, "nested": fewer})
+    checkpoint.write(out, smaller, tensors, overwrite=overwrite)
+
+
+def _items(
+    header: checkpoint.Header,
+    specs: Mapping[str, BitSpec],
+    layers: Mapping[str, SwitchableLayer],
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "layer": name,
+            "kind": layer.kind,
+            "bits": str(specs[name]) if layer.weight_bits else f"a{specs[name].activation}",
+            "pinned": layers[name].pinned,
+            "weight_bits_there": list(layers[name].offer.present),
+        }
+        for name, layer in header.layers.items()
+    ]
+
+
+def _summary(
+    settings: SwitchBitsSettings,
+    table: checkpoint.PlaneTable,
+    header: checkpoint.Header,
+    specs: Mapping[str, BitSpec],
+) -> dict[str, Any]:
+    written = settings.out if settings.out is not None else settings.target
+    weights = [specs[name].weight for name, layer in header.layers.items() if layer.weight_bits]
+    return {
+        "path": str(settings.target),
+        "output": str(written),
+        "active_bits": header.active_bits,
+        "layers_by_weight_bits": {str(b): weights.count(b) for b in sorted(set(weights))},
+        "bytes": written.stat().st_size if written.is_file() else None,
+        "needed_bytes": needed_bytes(table, specs),
+        "bit_operations": bit_operations(header, specs),
+    }
+
+
+def _facts(summary: Mapping[str, Any]) -> Table:
+    counts = summary["layers_by_weight_bits"]
+    facts = [
+        ("file", summary["output"]),
+        ("runs at", summary["active_bits"]),
+        ("layers", ", ".join(f"{count} at {bits} bits" for bits, count in counts.items())),
+        ("MB needed at these bits", round(summary["needed_bytes"] / 1e6, 2)),
+        ("G bit operations a picture", round(summary["bit_operations"] / 1e9, 2)),
+    ]
+    return Table("Switched", ("what", "value"), facts)
+
+
+def _listed(
+    settings: SwitchBitsSettings,
+    table: checkpoint.PlaneTable,
+    layers: Mapping[str, SwitchableLayer],
+) -> Result:
+    """What a file can run at and what it runs at."""
+    header = table.header
+    now = {name: layer.active for name, layer in layers.items()}
+    rows: list[dict[str, Any]] = []
+    for name in header.bits:
+        try:
+            specs = chosen(layers, Choice.of(name))
+        except UsageError:
+            continue
+        rows.append(
+            {
+                "bits": name,
+                "active": name == header.active_bits,
+                "needed_bytes": needed_bytes(table, specs),
+                "bit_operations": bit_operations(header, specs),
+            }
+        )
+    summary = {
+        "path": str(settings.target),
+        "bytes": settings.target.stat().st_size,
+        "active_bits": header.active_bits,
+        "widths": [row["bits"] for row in rows],
+    }
+    widths = Table(
+        f"Widths of {settings.target} (runs at {header.active_bits})",
+        ("bits", "active", "MB needed", "G bit operations"),
+        [
+            (
+                row["bits"],
+                "yes" if row["active"] else "",
+                f"{row['needed_bytes'] / 1e6:.2f}",
+                f"{row['bit_operations'] / 1e9:.2f}",
+            )
+            for row in rows
+        ],
+    )
+    items = _items(header, now, layers)
+    columns = ("layer", "kind", "bits", "pinned", "weight bits there")
+    own = Table("Layers", columns, [tuple(item.values()) for item in items])
+    return Result(
+        "switch-bits", items=items, summary={**summary, "rows": rows}, tables=(widths, own)
+    )

@@ -1,0 +1,244 @@
+"""Nested layers that calibrate: float weights that snap to the levels of the width at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qtool.quant import nested, nested_rounding, quantizers, tables
+from qtool.quant.bits import BitSpec
+from qtool.quant.nested_layers import (
+    NestedConv2d,
+    NestedLinear,
+    NestedProducts,
+    table_rows,
+    to_patches,
+)
+from qtool.quant.plan import LayerPlan, Quantizer, products_quantizers
+from qtool.quant.simulation import SimulatedLayer, SimulatedProducts
+from qtool.quant.widths import Offer, SwitchableLayer
+
+
+class SimulatedNested(SwitchableLayer, SimulatedLayer):
+    """A linear layer, or a patch embedding seen as one, with one weight for all widths.
+
+    Parameters are the weight and, per width, the bias and `gain`, the logarithm of a correction to
+    the scales `alpha`. The step of the codes is chosen once, from the weight and the second moment
+    of the layer's inputs.
+
+    Args:
+        source: The float layer; its weights are copied.
+        plan: Its kind, and the width it runs at.
+        name: Its path in the model.
+        offer: The widths it is to have.
+        table: Whether activations below 8 bits are quantized by table.
+        pinned: Whether only a glob that names it changes its width.
+    """
+
+    step: Tensor
+    alpha: Tensor
+    input_scale: Tensor
+    input_zero_point: Tensor
+    input_table: Tensor | None
+
+    def __init__(
+        self,
+        source: nn.Linear | nn.Conv2d,
+        plan: LayerPlan,
+        *,
+        name: str,
+        offer: Offer,
+        table: bool,
+        pinned: bool = False,
+    ) -> None:
+        super().__init__(plan)
+        self.name, self.offer, self.pinned = name, offer, pinned
+        self.active = BitSpec(plan.weight_bits, plan.input_bits)
+        self.weight_shape = tuple(source.weight.shape)
+        self.patch = source.kernel_size if isinstance(source, nn.Conv2d) else None
+        weight = source.weight.detach().flatten(1).clone()
+        rows = len(weight)
+        bias = weight.new_zeros(rows) if source.bias is None else source.bias.detach()
+        self.weight = nn.Parameter(weight)
+        self.float_bias = bias.clone()
+        self.bias = nn.Parameter(bias.repeat(len(offer.weight), 1))
+        self.gain = nn.Parameter(weight.new_zeros(len(offer.weight), rows))
+        self.register_buffer("alpha", weight.new_ones(len(offer.weight), rows))
+        self.register_buffer("step", weight.new_ones(rows))
+        self.register_buffer("input_scale", weight.new_ones(len(offer.activation)))
+        zeros = weight.new_zeros(len(offer.activation), dtype=torch.int32)
+        self.register_buffer("input_zero_point", zeros)
+        levels = tables.identity(weight.device).repeat(table_rows(offer.activation), 1)
+        self.register_buffer("input_table", levels if table else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer: (..., K) to (..., N), or (B, C, H, W) to (B, N, H / p, W / p)."""
+        size = x.shape[-2:]
+        if self.patch is not None:
+            x = to_patches(x, self.patch)
+        self.observe(input=x)
+        y = self._quantized(x) if self.enabled else F.linear(x, self.weight, self.float_bias)
+        if self.patch is not None:
+            y = y.transpose(1, 2).unflatten(2, (size[0] // self.patch[0], size[1] // self.patch[1]))
+        return y
+
+    def _quantized(self, x: Tensor) -> Tensor:
+        spec = self.width()
+        row = self.offer.weight.index(spec.weight)
+        column = self.offer.activation.index(spec.activation)
+        scale = self.input_scale[column : column + 1]
+        zero = self.input_zero_point[column : column + 1]
+        narrow = self.input_table is not None and spec.activation < tables.GRID_BITS
+        table = cast(Tensor, self.input_table)[column] if narrow else None
+        levels = quantizers.activation_levels(x, scale, zero, table, bits=spec.activation)
+        levels = self.dropped(x, scale, levels)
+        weights = nested.nested_levels(self.weight, self.step, bits=spec.weight)
+        return F.linear(levels, weights) * (scale * self.scales()[row]) + self.bias[row]
+
+    def scales(self) -> Tensor:
+        """Scales of all widths, (widths, N)."""
+        return self.alpha * self.gain.exp()
+
+    @torch.no_grad()
+    def code_weights(self, emphasis: Mapping[int, float], *, first: int | None) -> None:
+        """Choose step, codes, and the scales and biases of all widths, for the inputs seen.
+
+        The bias of a width makes up for what its rounding takes from the mean output.
+
+        Args:
+            emphasis: Weight of each width in the choice of the step.
+            first: The width whose codes are chosen freely, see `nested_rounding`; None rounds to
+                nearest.
+        """
+        x = self.seen["input"].flatten(0, -2)
+        moment = x.T @ x / len(x)
+        floor = 1e-6 * float(moment.diagonal().mean())
+        moment.diagonal().clamp_min_(floor)
+        widths = self.offer.weight
+        factors = [emphasis[bits] for bits in widths]
+        diagonal = moment.diagonal().clone()
+        self.step.copy_(nested.search_step(self.weight, diagonal, widths, factors))
+        target = self.weight.detach().clone()
+        if first is not None:
+            scales = {
+                bits: nested.fit_scale(target, self._levels(bits), diagonal)
+                for bits in range(first, nested.CODE_BITS + 1)
+            }
+            codes = nested_rounding.round_nested(target, scales, moment, first=first)
+            # The middle of the code's interval, so that it is what the weight snaps to.
+            self.weight.copy_((codes.float() + 0.5) * 2.0 * self.step[:, None])
+        mean = x.mean(dim=0)
+        for row, bits in enumerate(widths):
+            levels = self._levels(bits)
+            self.alpha[row] = nested.fit_scale(target, levels, moment)
+            lost = target - levels * self.alpha[row][:, None]
+            self.bias[row] = self.float_bias + F.linear(mean, lost)
+        self.gain.zero_()
+
+    def _levels(self, bits: int) -> Tensor:
+        return nested.nested_levels(self.weight, self.step, bits=bits)
+
+    @torch.no_grad()
+    def choose_input(self, bits: int) -> None:
+        """Choose the quantizer of activations of one width from the inputs seen."""
+        column = self.offer.activation.index(bits)
+        x = self.seen["input"]
+        if self.input_table is not None and bits < tables.GRID_BITS:
+            cost = self.weight.square().sum(dim=0)
+            scale, zero, table = tables.search_table(x, bits=bits, channel_weights=cost)
+            self.input_table[column] = table
+        else:
+            scale, zero = quantizers.search_activation_range(x, bits=bits, weight=self.weight)
+        self.input_scale[column], self.input_zero_point[column] = scale[0], zero[0]
+
+    @torch.no_grad()
+    def freeze(self) -> NestedLinear:
+        """The integer layer with these codes and scales."""
+        kind = NestedLinear if self.patch is None else NestedConv2d
+        layer = kind(
+            self.weight_shape,
+            name=self.name,
+            offer=self.offer,
+            active=self.active,
+            table=self.input_table is not None,
+            pinned=self.pinned,
+            device=self.weight.device,
+        )
+        layer.codes.copy_(nested.nested_codes(self.weight, self.step))
+        layer.alpha.copy_(self.scales())
+        for name in ("bias", "input_scale", "input_zero_point"):
+            getattr(layer, name).copy_(getattr(self, name))
+        if self.input_table is not None and layer.input_table is not None:
+            layer.input_table.copy_(self.input_table)
+        return layer
+
+
+class SimulatedNestedProducts(SwitchableLayer, SimulatedLayer):
+    """The two products of attention, simulated at each width of activations.
+
+    Args:
+        plan: The width they run at.
+        name: The path of the attention in its model.
+        offer: The widths they are to have.
+        quantizer: Quantizer of activations below 8 bits.
+    """
+
+    def __init__(self, plan: LayerPlan, *, name: str, offer: Offer, quantizer: Quantizer) -> None:
+        super().__init__(plan)
+        self.name, self.offer, self.pinned, self.quantizer = name, offer, False, quantizer
+        self.active = BitSpec(max(offer.activation), plan.input_bits)
+        for bits in offer.activation:
+            operands, probabilities = products_quantizers(bits, quantizer)
+            single = LayerPlan("attention", 0, bits, operands, probabilities)
+            self.add_module(f"a{bits}", SimulatedProducts(single))
+
+    def at(self, bits: int) -> SimulatedProducts:
+        """The products at one width."""
+        return cast(SimulatedProducts, self.get_submodule(f"a{bits}"))
+
+    def _current(self) -> SimulatedProducts:
+        products = self.at(self.width().activation)
+        products.enabled, products.drop = self.enabled, self.drop
+        products.generator = self.generator
+        return products
+
+    def scores(self, query: Tensor, key: Tensor) -> Tensor:
+        """(B, H, N, D) and (B, H, M, D) to (B, H, N, M)."""
+        self.observe(query=query, key=key)
+        return self._current().scores(query, key)
+
+    def values(self, probabilities: Tensor, value: Tensor) -> Tensor:
+        """(B, H, N, M) and (B, H, M, D) to (B, H, N, D)."""
+        self.observe(probability=probabilities, value=value)
+        return self._current().values(probabilities, value)
+
+    def choose_input(self, bits: int) -> None:
+        """Choose the ranges of one width from the operands seen."""
+        products = self.at(bits)
+        products.seen = self.seen
+        products.calibrate()
+        frozen = products.frozen
+        if frozen.probabilities == "uniform":
+            # A large probability that is cut off costs more than least squares over all of them
+            # lets on: its whole row of the output follows one value.
+            largest = self.seen["probability"].max().view(1)
+            found = quantizers.uniform_parameters(largest * 0.0, largest, bits=bits)
+            for target, value in zip(frozen.parameters_of("probability"), found, strict=True):
+                target.copy_(value)
+
+    def freeze(self) -> NestedProducts:
+        """The integer products with these scales."""
+        layer = NestedProducts(
+            name=self.name,
+            offer=self.offer,
+            active=self.active,
+            quantizer=self.quantizer,
+            device=next(self.buffers()).device,
+        )
+        for bits in self.offer.activation:
+            layer.add_module(f"a{bits}", self.at(bits).freeze())
+        return layer

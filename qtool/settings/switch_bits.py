@@ -1,0 +1,116 @@
+"""Settings of `qtool switch-bits`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, Self
+
+from pydantic import AfterValidator, Field, ValidationInfo, model_validator
+
+from qtool.errors import UsageError
+from qtool.quant.bits import BitSpec, parse_width
+from qtool.settings.base import CommonSettings
+
+
+class Budget(NamedTuple):
+    """What a model may take.
+
+    Attributes:
+        amount: Bytes, or a share of the bit operations at the highest width.
+        measure: Which of the two.
+    """
+
+    amount: float
+    measure: Literal["bytes", "operations"]
+
+
+def _checked_bits(value: str | None) -> str | None:
+    return None if value is None else str(parse_width(value))
+
+
+def _checked_budget(value: str | None) -> str | None:
+    if value is not None:
+        parse_budget(value)
+    return value
+
+
+def parse_budget(text: str) -> Budget:
+    """Read `5.2MB` or `5.2`, megabytes of 10^6 bytes, or `40%`, of the bit operations.
+
+    Raises:
+        UsageError: It is neither, or not above zero.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(mb|%)?", text.strip(), re.IGNORECASE | re.ASCII)
+    if match is None or float(match[1]) <= 0:
+        raise UsageError(
+            f"{text!r} is not a budget", remedy="give a size such as 5MB or a share such as 40%"
+        )
+    if match[2] == "%":
+        return Budget(float(match[1]) / 100, "operations")
+    return Budget(float(match[1]) * 1e6, "bytes")
+
+
+class SwitchBitsSettings(CommonSettings):
+    """`qtool switch-bits`: the widths at which a switchable checkpoint runs."""
+
+    target: Path = Field(description="Checkpoint made with `qtool quantize --bits any`.")
+    bits: Annotated[str | None, AfterValidator(_checked_bits)] = Field(
+        default=None,
+        description="Width of all layers that are not pinned: bits of weights, or w4a4.",
+    )
+    layers: tuple[str, ...] = Field(
+        default=(), description="GLOB=BITS for some layers; the last match wins."
+    )
+    budget: Annotated[str | None, AfterValidator(_checked_budget)] = Field(
+        default=None,
+        description="Pick bits per layer for a size (5MB) or a share of bit operations (40%).",
+    )
+    listing: bool = Field(default=False, description="Show the widths that the file has and runs.")
+    in_place: bool = Field(
+        default=False, description="Change the header of the file itself; no tensor byte changes."
+    )
+    out: Path | None = Field(default=None, description="Copy to write.")
+    drop_unused: bool = Field(
+        default=False, description="Leave planes that no layer needs out of the copy."
+    )
+    overwrite: bool = Field(default=False, description="Replace a copy that exists.")
+
+    @model_validator(mode="after")
+    def _one_request(self, info: ValidationInfo) -> Self:
+        _ = self.rules
+        if not (info.context or {}).get("complete", True):
+            return self
+        asked = [bool(self.bits or self.layers), self.budget is not None, self.listing]
+        if asked.count(True) != 1:
+            raise UsageError(
+                f"{'several things' if any(asked) else 'nothing'} asked for",
+                remedy="give --list, --budget, or --bits and --layers",
+            )
+        writes = [self.in_place, self.out is not None].count(True)
+        if self.listing and (writes or self.drop_unused):
+            raise UsageError("--list writes nothing", remedy="leave out -o and --in-place")
+        if not self.listing and writes != 1:
+            raise UsageError(
+                "it is not clear where the change goes" if writes == 0 else "two places are given",
+                remedy="give -o FILE for a copy, or --in-place to change the file's header",
+            )
+        if self.drop_unused and self.in_place:
+            raise UsageError(
+                "--drop-unused makes another file", remedy="give -o FILE instead of --in-place"
+            )
+        return self
+
+    @property
+    def rules(self) -> tuple[tuple[str, BitSpec], ...]:
+        """`layers` as pairs of glob and width."""
+        pairs = []
+        for text in self.layers:
+            glob, separator, width = text.rpartition("=")
+            if not separator or not glob.strip():
+                raise UsageError(
+                    f"{text!r} is not GLOB=BITS",
+                    remedy="name layers and their bits, for example 'blocks.0.*=8'",
+                )
+            pairs.append((glob.strip(), parse_width(width)))
+        return tuple(pairs)
