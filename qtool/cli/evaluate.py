@@ -105,7 +105,6 @@ def register(app: typer.Typer, words: str) -> None:
             "qtool eval demo_vit-w4a4.safetensors --baseline demo_vit",
             "qtool eval vit_b-w4a4.safetensors --data imagenet/val --report report.html",
             "qtool eval vit_b-any4-8.safetensors --bits 8 --bits 4 --data imagenet/val",
-            "qtool eval demo_vit --latency --min top1=90",
             "qtool eval clean/ --reference targets/ --baseline photos/ --protocol uhdm",
         ),
     )

@@ -57,9 +57,9 @@ def register(app: typer.Typer, words: str) -> None:
         words=words,
         settings=SwitchBitsSettings,
         examples=(
-            "qtool switch-bits vit_b.safetensors --list",
-            "qtool switch-bits vit_b.safetensors --bits 4 --in-place",
-            "qtool switch-bits vit_b.safetensors --budget 60MB --drop-unused -o small.safetensors",
+            "qtool switch-bits vit.safetensors --list",
+            "qtool switch-bits vit.safetensors --bits 4 --in-place",
+            "qtool switch-bits vit.safetensors --budget 9MB --drop-unused -o b.safetensors",
         ),
         details="Weights are neither copied nor quantized again: only the header of the file says "
         "which of its bits count.",

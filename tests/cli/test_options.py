@@ -14,6 +14,7 @@ from qtool.settings.evaluate import EvaluateSettings
 from qtool.settings.models import InfoSettings, ModelsSettings
 from qtool.settings.moire import MoireSettings
 from qtool.settings.quantize import QuantizeSettings
+from qtool.settings.switch_bits import SwitchBitsSettings
 from qtool.settings.synthesize import SynthesizeSettings
 from qtool.settings.train import TrainDemoireSettings
 
@@ -23,6 +24,7 @@ COMMANDS = {
     "synthesize moire": MoireSettings,
     "train demoire": TrainDemoireSettings,
     "quantize": QuantizeSettings,
+    "switch-bits": SwitchBitsSettings,
     "eval": EvaluateSettings,
     "models": ModelsSettings,
     "info": InfoSettings,
