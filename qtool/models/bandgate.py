@@ -41,6 +41,9 @@ class BandGate(nn.Module):
     """
 
     residual = True
+    to_opponent: Tensor
+    from_opponent: Tensor
+    taps: Tensor
 
     def __init__(self, *, octaves: int = 5, width: int = 32) -> None:
         super().__init__()
@@ -61,7 +64,7 @@ class BandGate(nn.Module):
     @property
     def size_multiple(self) -> int:
         """What height and width must be multiples of: one halving per octave."""
-        return 2**self.octaves
+        return 1 << self.octaves
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
         """Turn bands down; see the class for shapes."""
