@@ -41,7 +41,6 @@ class BandGate(nn.Module):
     """
 
     residual = True
-
     to_opponent: Tensor
     from_opponent: Tensor
     taps: Tensor
@@ -65,7 +64,7 @@ class BandGate(nn.Module):
     @property
     def size_multiple(self) -> int:
         """What height and width must be multiples of: one halving per octave."""
-        return int(2**self.octaves)
+        return 1 << self.octaves
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
         """Turn bands down; see the class for shapes."""

@@ -13,7 +13,7 @@ LUMA = (0.299, 0.587, 0.114)
 
 def to_linear(encoded: Tensor) -> Tensor:
     """Undo the sRGB curve: 0..1 to 0..1."""
-    curved: Tensor = ((encoded + 0.055) / 1.055) ** 2.4
+    curved = ((encoded + 0.055) / 1.055).pow(2.4)
     return torch.where(encoded <= 0.04045, encoded / 12.92, curved)
 
 
@@ -26,8 +26,8 @@ def to_srgb(linear: Tensor) -> Tensor:
 def luma(picture: Tensor) -> Tensor:
     """Brightness (..., 1, H, W) of encoded colours (..., 3, H, W)."""
     red, green, blue = picture.split(1, dim=-3)
-    bright: Tensor = LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
-    return bright
+    total: Tensor = LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
+    return total
 
 
 def gaussian_blur(picture: Tensor, sigma: float) -> Tensor:

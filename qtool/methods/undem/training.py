@@ -49,7 +49,7 @@ class TrainingConfig:
     warmup: int = 50
     average: float = 0.995
     edge_weight: float = EDGE_WEIGHT
-    harmless: float = 0.03
+    harmless: float = 0.15
     clip: float = 1.0
     seed: int = 0
     bfloat16: bool = False
