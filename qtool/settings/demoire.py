@@ -15,7 +15,7 @@ BitDepth = Literal["keep", "8", "16"]
 Format = Literal["keep", "jpg", "png", "tiff", "webp", "avif", "heic", "bmp"]
 MetadataPolicy = Literal["keep", "strip", "no-gps"]
 OnError = Literal["continue", "stop"]
-Network = Literal["esdnet_s", "esdnet", "esdnet_l", "mbcnn"]
+Network = Literal["bandgate", "esdnet_s", "esdnet", "esdnet_l", "mbcnn"]
 Head = Literal["sigmoid", "mixed", "linear"]
 Transform = Literal["relu_product", "signed"]
 

@@ -340,7 +340,7 @@ def test_a_killed_run_goes_on_to_the_same_result(
     half.write_bytes(b"half")
     with (out / NAME).open("a") as journal:
         journal.write('{"output": "cut')
-    done = set(results(out)) - {half.name}
+    done = {name for name in results(out) if not name.endswith(".tmp")}
     assert 0 < len(done) < 17
     result = restore(awkward, out=out, skip_existing=True)
     assert result.summary["skipped"] == len(done)
