@@ -82,6 +82,15 @@ def test_all_methods_have_one_interface(vit, method):
     )
 
 
+def test_patch_similarity_entropy_can_join_attention_alignment(vit):
+    plain, joined = (
+        run(vit, steps=30, learning_rate=0.1, entropy_weight=weight) for weight in (0.0, 20.0)
+    )
+    assert set(joined.history[0]) - set(plain.history[0]) == {"entropy"}
+    assert joined.history[-1]["entropy"] > joined.history[0]["entropy"]
+    assert not torch.equal(plain.images, joined.images)
+
+
 def test_noise_is_standard_normal_and_left_alone(vit):
     made = run(vit, method="noise", count=8)
     assert float(made.images.mean()) == pytest.approx(0.0, abs=0.05)
@@ -127,9 +136,10 @@ def test_every_batch_has_a_seed_of_its_own(vit):
         {"method": "spdfq"},
         {"method": "spdfq", "patches_per_step": 2},
         {"method": "spdfq", "alignment_weight": 3.0},
+        {"method": "spdfq", "entropy_weight": 1.0},
         {"method": "psaq"},
     ],
-    ids=["spdfq", "some patches", "given weight", "psaq"],
+    ids=["spdfq", "some patches", "given weight", "entropy too", "psaq"],
 )
 @pytest.mark.parametrize("last_step", [1, 3, 5])
 def test_an_interrupted_run_ends_with_the_same_images(vit, monkeypatch, config, last_step):
