@@ -29,7 +29,7 @@ from qtool.methods.spdfq.reconstruction import (
 from qtool.models import registry, vision
 from qtool.quant.convolution import fold_norms
 from qtool.quant.plan import LayerPlan, weight_parameters
-from qtool.report import Picture, Result, Table
+from qtool.report import Chart, Picture, Result, Table
 from qtool.settings.quantize import QuantizeSettings
 
 PAPER = "SPDFQ, arXiv 2412.16553"
@@ -189,6 +189,7 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
             Picture("Calibration images", sheet_png(denormalised(pixels.cpu(), opened.data))),
             *([Picture(_ATTENTION_TITLE, attention)] if attention else []),
         ),
+        charts=(_chart(units),),
     )
     write_report(settings.report, result)
     if made.work is not None:
@@ -301,6 +302,19 @@ def _verify(path: Path, output: Path, sample: Tensor, expected: Tensor) -> dict[
             remedy="please report this with the command you ran",
         )
     return {"max_abs_difference": difference, "same_choice": same}
+
+
+def _chart(units: list[UnitRecord]) -> Chart:
+    """Error of every block, in forward order, before and after its training."""
+    return Chart(
+        "Squared error relative to the block's output, block by block",
+        steps=[str(number) for number in range(1, len(units) + 1)],
+        lines={
+            "before training": [100 * unit.before for unit in units],
+            "after": [100 * unit.after for unit in units],
+        },
+        unit="%",
+    )
 
 
 def _tables(

@@ -165,6 +165,6 @@ def register(app: typer.Typer, words: str) -> None:
         ),
         details="Photographs without moire are passed on byte for byte. The network that comes "
         "with qtool was trained on simulated moire and on moire carried over from real "
-        "photographs to other pictures. Detail that strong bands have hidden is made up, not "
-        "found again: do not rely on it for evidence or medicine.",
+        "photographs to other pictures, and only turns bands down. Larger networks make up "
+        "what strong bands have hidden: do not rely on that for evidence or medicine.",
     )

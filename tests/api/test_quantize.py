@@ -77,6 +77,9 @@ def test_a_model_is_quantized_on_real_pictures(quantize, demo):
         "Reconstruction",
     ]
     assert result.pictures[0].png.startswith(b"\x89PNG")
+    before, after = result.charts[0].lines.values()
+    assert len(before) == len(result.charts[0].steps) == len(result.tables[2].rows)
+    assert all(0 <= late <= early for early, late in zip(before, after, strict=True))
 
 
 @pytest.mark.parametrize("bits", ["w8a8", "w3a5", "w2a7"])
