@@ -206,6 +206,7 @@ def test_stdin_and_stdout(awkward, restore, tmp_path):
 
 
 def test_another_format_and_another_depth(awkward, restore, tmp_path):
+    pytest.importorskip("pyvips")
     restore(awkward / "a.jpg", out=tmp_path / "out", output_format="png", bit_depth="16")
     after = read(tmp_path / "out" / "a.png")
     assert after.pixels.dtype == np.uint16
