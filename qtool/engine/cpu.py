@@ -162,12 +162,24 @@ def linear(
     codes = x.reshape(math.prod(x.shape[:-1]), in_features)
     sums_of = _int8_sums if has_int8_units() else _float_sums
     rows_of = sums_of(codes, x_zero, weight, centre)
-    y = weight_scale.new_empty(len(codes), len(weight))
-    for rows in _blocks(len(codes), BLOCK_ROWS):
-        y[rows].copy_(rows_of(rows)).mul_(_rows(x_scale, rows) * weight_scale)
+    y = _scaled(rows_of, len(codes), x_scale, weight_scale, bias)
+    return y.view(*x.shape[:-1], len(weight))
+
+
+def _scaled(
+    sums_of: Callable[[slice], Tensor],
+    length: int,
+    x_scale: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """Sums of all rows times both scales, plus bias, (length, N), in blocks that fit the cache."""
+    y = weight_scale.new_empty(length, len(weight_scale))
+    for rows in _blocks(length, BLOCK_ROWS):
+        y[rows].copy_(sums_of(rows)).mul_(_rows(x_scale, rows) * weight_scale)
         if bias is not None:
             y[rows] += bias
-    return y.view(*x.shape[:-1], len(weight))
+    return y
 
 
 def _int8_sums(
@@ -280,11 +292,7 @@ def linear_nested(
     codes = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     sums_of = _int8_level_sums if has_int8_units() else _float_level_sums
     rows_of = sums_of(codes, x_zero, shifted, bits)
-    y = weight_scale.new_empty(len(codes), len(weight))
-    for rows in _blocks(len(codes), BLOCK_ROWS):
-        y[rows].copy_(rows_of(rows)).mul_(_rows(x_scale, rows) * weight_scale)
-        if bias is not None:
-            y[rows] += bias
+    y = _scaled(rows_of, len(codes), x_scale, weight_scale, bias)
     return y.view(*x.shape[:-1], len(weight))
 
 

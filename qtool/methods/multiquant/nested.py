@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from qtool.errors import Progress
 from qtool.methods.multiquant.streams import Stream, unit_calls
+from qtool.methods.spdfq.reconstruction import feeds_within
 from qtool.models.vision import AttentionSite
 from qtool.quant.attention import ATTENTION_CLASSES
 from qtool.quant.bits import BitSpec
@@ -171,7 +172,7 @@ def calibrate(
             m for m in unit.modules() if isinstance(m, SimulatedNested | SimulatedNestedProducts)
         ]
         if layers:
-            feeds = _feeds_within(model, name, norms)
+            feeds = feeds_within(model, name, norms, kind=SimulatedNested)
             records.append(_calibrate_unit(name, layers, feeds, streams, target, config))
         else:
             for stream in (target, *streams):
@@ -186,18 +187,6 @@ def _specs(offer: Offer) -> list[BitSpec]:
     top = max(offer.activation)
     pairs = [(bits, width) for bits in reversed(offer.weight) for width in (top, bits)]
     return [BitSpec(*pair) for pair in dict.fromkeys(pairs) if pair[1] in offer.activation]
-
-
-def _feeds_within(
-    model: nn.Module, unit: str, norms: Sequence[tuple[str, str]]
-) -> list[tuple[nn.LayerNorm, SimulatedNested]]:
-    found = []
-    for norm_name, linear_name in norms:
-        if norm_name.startswith(f"{unit}."):
-            norm, linear = model.get_submodule(norm_name), model.get_submodule(linear_name)
-            if isinstance(norm, nn.LayerNorm) and isinstance(linear, SimulatedNested):
-                found.append((norm, linear))
-    return found
 
 
 def _calibrate_unit(

@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ from qtool.quant.attention import ATTENTION_CLASSES
 from qtool.quant.convolution import SimulatedConv2d
 from qtool.quant.plan import LayerPlan, replace_module
 from qtool.quant.simulation import SimulatedLayer, SimulatedLinear, SimulatedProducts
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 RANGE_IMAGES = 32
 """Images whose activations set the ranges of a block."""
@@ -193,21 +195,32 @@ def choose_ranges(model: nn.Module, images: Tensor, layout: Layout) -> None:
         layout: The model's units and the LayerNorms that feed them.
     """
     layers = [m for m in model.modules() if isinstance(m, SimulatedLayer)]
-    feeds = [f for unit in layout.units for f in _feeds_within(model, unit, layout.norms)]
+    feeds = [
+        f
+        for unit in layout.units
+        for f in feeds_within(model, unit, layout.norms, kind=SimulatedLinear)
+    ]
     _choose_ranges(layers, model, images, {}, feeds)
     for layer in layers:
         layer.enabled = False
 
 
-def _feeds_within(
-    model: nn.Module, unit: str, norms: Sequence[tuple[str, str]]
-) -> list[tuple[nn.LayerNorm, SimulatedLinear]]:
-    """The pairs of one unit, as modules; layers that stay in float are left out."""
+def feeds_within(
+    model: nn.Module, unit: str, norms: Sequence[tuple[str, str]], *, kind: type[Layer]
+) -> list[tuple[nn.LayerNorm, Layer]]:
+    """The pairs of one unit, as modules; layers that stay in float are left out.
+
+    Args:
+        model: A simulated model.
+        unit: Name of the unit.
+        norms: Names of a LayerNorm and of the linear layer it feeds.
+        kind: The class of its simulated linear layers.
+    """
     found = []
     for norm_name, linear_name in norms:
         if norm_name.startswith(f"{unit}."):
             norm, linear = model.get_submodule(norm_name), model.get_submodule(linear_name)
-            if isinstance(norm, nn.LayerNorm) and isinstance(linear, SimulatedLinear):
+            if isinstance(norm, nn.LayerNorm) and isinstance(linear, kind):
                 found.append((norm, linear))
     return found
 
@@ -279,7 +292,7 @@ def reconstruct(
             batch = config.batch_size
             x, kwargs = _gather(model, name, images, after=False, batch_size=batch)
             target, _ = _gather(reference, name, images, after=True, batch_size=batch)
-            feeds = _feeds_within(model, name, norms)
+            feeds = feeds_within(model, name, norms, kind=SimulatedLinear)
             _choose_ranges(layers, unit, x[:RANGE_IMAGES], kwargs, feeds)
             before = _relative_error(_apply(unit, x, kwargs, batch), target)
             trained = [p for m in layers if isinstance(m, SimulatedLinear) for p in m.parameters()]
