@@ -7,6 +7,7 @@ whenever integer sums stay below 2^24.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -154,29 +155,61 @@ def uniform_parameters(low: Tensor, high: Tensor, *, bits: int) -> tuple[Tensor,
     return scale, zero_point.to(torch.int32)
 
 
-def _sampled(x: Tensor) -> Tensor:
-    flat = x.detach().float().flatten()
-    if flat.numel() <= _SAMPLE:
-        return flat
-    return flat[:: flat.numel() // _SAMPLE + 1]
+def sampled_rows(x: Tensor, *, values: int = 4 * _SAMPLE) -> tuple[Tensor, Tensor]:
+    """Rows to choose ranges by: those that hold the largest values, and an even sample of the rest.
+
+    What is rare and large, such as a query that looks at one place, would slip through an even
+    sample, and a range chosen without it would cut it off.
+
+    Args:
+        x: Values (..., K).
+        values: About how many values to keep.
+
+    Returns:
+        Rows as float32 (R, K), and how many rows of `x` each of them stands for, (R,).
+    """
+    rows = x.detach().reshape(-1, x.shape[-1])
+    wanted = max(64, values // x.shape[-1])
+    if len(rows) <= wanted:
+        return rows.float(), torch.ones(len(rows), device=rows.device)
+    extremes = torch.maximum(rows.amax(dim=1), -rows.amin(dim=1)).topk(wanted // 4).indices
+    rest = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+    rest[extremes] = False
+    others = rest.nonzero()[:, 0]
+    even = others[:: len(others) // (wanted - len(extremes)) + 1]
+    counts = torch.ones(len(extremes) + len(even), device=rows.device)
+    counts[len(extremes) :] = len(others) / len(even)
+    return rows[torch.cat((extremes, even))].float(), counts
 
 
-def sampled_rows(x: Tensor) -> Tensor:
-    """A strided sample of the rows of (..., K), (R, K), large enough to choose ranges by."""
-    rows = x.detach().float().reshape(-1, x.shape[-1])
-    wanted = max(64, 4 * _SAMPLE // x.shape[-1])
-    return rows if len(rows) <= wanted else rows[:: len(rows) // wanted + 1]
+def _sampled(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`sampled_rows` of single values, (S, 1) and (S,)."""
+    return sampled_rows(x.reshape(-1, 1), values=_SAMPLE)
 
 
-def _range_candidates(values: Tensor) -> list[tuple[Tensor, Tensor]]:
+def quantiles(values: Tensor, counts: Tensor, shares: Sequence[float]) -> list[Tensor]:
+    """The values below which given shares of a sample lie.
+
+    Args:
+        values: Sample, any shape.
+        counts: How many values each one stands for, same shape.
+        shares: Shares, 0 (the smallest value) to 1 (the largest).
+
+    Returns:
+        One 0-dimensional tensor per share.
+    """
+    ordered, order = values.flatten().sort()
+    mass = counts.flatten()[order].double().cumsum(0)
+    wanted = torch.tensor(shares, dtype=torch.float64, device=mass.device) * mass[-1]
+    places = torch.searchsorted(mass, wanted).clamp_max(len(ordered) - 1)
+    return list(ordered[places])
+
+
+def _range_candidates(values: Tensor, counts: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Ranges worth trying: percentiles, and the full range shrunk on either side or both."""
-    ordered = values.sort().values
-    last = len(ordered) - 1
-    candidates = [
-        (ordered[round((1.0 - percentile) * last)], ordered[round(percentile * last)])
-        for percentile in _PERCENTILES
-    ]
-    low, high = ordered[0], ordered[last]
+    ends = quantiles(values, counts, [1.0 - p for p in _PERCENTILES] + list(_PERCENTILES))
+    candidates = list(zip(ends[: len(_PERCENTILES)], ends[len(_PERCENTILES) :], strict=True))
+    low, high = candidates[0]
     for step in range(1, _SHRINK_STEPS):
         factor = 1.0 - (1.0 - _ACTIVATION_FLOOR) * step / _SHRINK_STEPS
         candidates += [
@@ -196,7 +229,7 @@ def search_activation_range(
     depends on what the layer makes of the channel.
 
     Args:
-        x: Calibration values (..., K); a strided sample of them is used.
+        x: Calibration values (..., K); a sample of them is used (`sampled_rows`).
         bits: Width of the code.
         weight: The layer's weight (N, K), or None for the plain error of `x`.
 
@@ -206,17 +239,18 @@ def search_activation_range(
     Reference: percentile search of RepQ-ViT (arXiv 2212.08254); output error as in PTQ4ViT
     (arXiv 2111.12293).
     """
-    values = _sampled(x) if weight is None else sampled_rows(x)
+    single, single_counts = _sampled(x)
+    values, counts = (single, single_counts) if weight is None else sampled_rows(x)
     if weight is not None and len(weight) > weight.shape[1]:
         # A square root of W^T W measures the same error with fewer columns.
         weight = torch.linalg.cholesky_ex(_regularised_gram(weight.detach())).L.T
     best: tuple[float, Tensor, Tensor] | None = None
-    for low, high in _range_candidates(_sampled(x)):
+    for low, high in _range_candidates(single, single_counts):
         scale, zero = uniform_parameters(low.view(1), high.view(1), bits=bits)
         difference = uniform_levels(values, scale, zero, bits=bits).mul_(scale).sub_(values)
         if weight is not None:
             difference = difference @ weight.detach().T
-        error = float(difference.square().mean())
+        error = float(difference.square().mean(dim=1) @ counts)
         if best is None or error < best[0]:
             best = (error, scale, zero)
     if best is None:
@@ -266,12 +300,12 @@ def search_log2_scale(x: Tensor, *, bits: int) -> Tensor:
     Returns:
         Scale, shape (1,).
     """
-    values = _sampled(x)
-    ordered = values.sort().values
+    values, counts = _sampled(x)
     best: tuple[float, Tensor] | None = None
-    for percentile in _LOG2_CANDIDATES:
-        scale = ordered[round(percentile * (len(ordered) - 1))].clamp_min(1e-8).view(1)
-        error = float((log2_levels(values, scale, bits=bits) * scale - values).square().mean())
+    for end in quantiles(values, counts, _LOG2_CANDIDATES):
+        scale = end.clamp_min(1e-8).view(1)
+        difference = log2_levels(values, scale, bits=bits) * scale - values
+        error = float(difference.square()[:, 0] @ counts)
         if best is None or error < best[0]:
             best = (error, scale)
     if best is None:

@@ -82,22 +82,21 @@ def search_table(
     """Fine grid and table of least squared error for one tensor of activations.
 
     Args:
-        x: Calibration values (..., K); a strided sample of their rows is used.
+        x: Calibration values (..., K); a sample of their rows is used.
         bits: Width of a code.
         channel_weights: What a squared error in each channel costs, (K,); None means 1.
 
     Returns:
         Scale (1,) and zero point (1,) of the fine grid, and the table, uint8 (256,).
     """
-    rows = quantizers.sampled_rows(x)
-    weights = torch.ones_like(rows)
+    rows, counts = quantizers.sampled_rows(x)
+    weights = counts[:, None].expand_as(rows)
     if channel_weights is not None:
         weights = weights * (channel_weights / channel_weights.mean().clamp_min(1e-30))
-    ordered = rows.flatten().sort().values
-    last = len(ordered) - 1
+    shares = [*_TAILS, *(1.0 - tail for tail in _TAILS)]
+    ends = quantizers.quantiles(rows, counts[:, None].expand_as(rows), shares)
     best: tuple[float, Tensor, Tensor, Tensor] | None = None
-    for tail in _TAILS:
-        low, high = ordered[round(tail * last)], ordered[round((1.0 - tail) * last)]
+    for low, high in zip(ends[: len(_TAILS)], ends[len(_TAILS) :], strict=True):
         scale, zero = quantizers.uniform_parameters(low.view(1), high.view(1), bits=GRID_BITS)
         table, error = optimal_table(rows / scale + zero, weights, bits=bits)
         error *= float(scale) ** 2

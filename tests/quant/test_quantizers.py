@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qtool.engine import ops
@@ -186,3 +186,47 @@ def test_searched_log2_scale_beats_the_maximum(bits):
 
 def test_log2_scale_of_zeros_is_positive():
     assert float(quantizers.search_log2_scale(torch.zeros(20), bits=4)) > 0
+
+
+def looking_at_one_place(every: int) -> torch.Tensor:
+    """Attention of 40,000 queries over 50 keys: even, but one in `every` looks at one key."""
+    scores = drawn(40_000, 50)
+    scores[every // 2 :: every, 7] = 12.0
+    return scores.softmax(-1)
+
+
+def test_rare_large_values_keep_their_place_in_the_range():
+    # 10 of 2,000,000 values: an even sample of 65,536 holds none of them.
+    values = looking_at_one_place(4000)
+    scale, zero = quantizers.search_activation_range(values, bits=8)
+    full = quantizers.uniform_parameters(values.min()[None], values.max()[None], bits=8)
+    assert squared_error(values, scale, zero, 8) <= squared_error(values, *full, 8)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.integers(1, 3000),
+    width=st.integers(1, 40),
+    kept=st.integers(1, 2000),
+    seed=st.integers(0, 9),
+)
+def test_a_sample_stands_for_every_row_and_holds_the_extremes(rows, width, kept, seed):
+    x = drawn(rows, width, seed=seed)
+    found, counts = quantizers.sampled_rows(x, values=kept)
+    assert found.shape == (len(counts), width)
+    assert float(counts.sum()) == pytest.approx(rows, rel=1e-5)
+    assert float(found.max()) == float(x.max())
+    assert float(found.min()) == float(x.min())
+    assert len(found) <= max(64, kept // width) + 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(values=st.lists(st.integers(-50, 50), min_size=1, max_size=40), share=st.floats(0, 1))
+def test_counted_quantiles_are_those_of_the_repeated_values(values, share):
+    x = torch.tensor(values, dtype=torch.float32)
+    counts = torch.arange(1, len(x) + 1).float()
+    repeated = torch.repeat_interleave(x, counts.int())
+    (found,) = quantizers.quantiles(x, counts, [share])
+    plain = quantizers.quantiles(repeated, torch.ones(len(repeated)), [share])[0]
+    assert float(found) == float(plain)
+    assert float((repeated <= found).float().mean()) >= share - 1e-6
