@@ -39,6 +39,9 @@ BRIGHTNESS, CONTRAST = 0.45, 0.25
 """Mean and standard deviation of the pixels SPDFQ starts from, of 0..1; about a photograph's."""
 
 _CHECKPOINT_EVERY = 50
+_CHUNK = 8
+"""Images per forward pass on a CPU, where the activations of more would not fit its cache."""
+
 _SEED_STRIDE = 1_000_003
 
 
@@ -270,9 +273,11 @@ class BatchSynthesizer:
         return [site.name for site in self._sites] if self.config.method == "spdfq" else []
 
     def _forward(self, images: Tensor) -> Tensor:
+        # The batch's own statistics need the whole batch.
+        small = self.device.type == "cpu" and not self._norms
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bfloat16):
-            logits: Tensor = self.model(images)
-        return logits.float()
+            logits = [self.model(part) for part in images.split(_CHUNK if small else len(images))]
+        return torch.cat(logits).float()
 
     def _draw_priors(self, attention: list[Tensor]) -> None:
         """One prior per image (or window), block and head, fixed for the whole run."""
@@ -304,11 +309,11 @@ class BatchSynthesizer:
             guide = {"statistics": torch.stack(distances).mean()} if distances else {}
             return {**guide, "classification": classified}
         total = len(images) + len(patches)
-        maps = [m[: m.shape[0] * len(images) // total] for m in caught]
-        rows = [
-            summary_rows(probabilities, site=site, layout=self.layout)
-            for probabilities, site in zip(maps, self._sites, strict=True)
+        seen = [
+            torch.cat([summary_rows(maps, site=site, layout=self.layout) for maps in parts])
+            for parts, site in zip(_per_site(caught, len(self._sites)), self._sites, strict=True)
         ]
+        rows = [row[: row.shape[0] * len(images) // total] for row in seen]
         if not self.priors:
             self._draw_priors(rows)
         depth = len(self.layout.attentions)
@@ -321,17 +326,24 @@ class BatchSynthesizer:
         ).sum()
         terms = {"alignment": aligned}
         if attended:
-            values = [v[: v.shape[0] * len(images) // total] for v in attended]
-            terms["entropy"] = self._entropy(values, diverse)
+            terms["entropy"] = self._entropy(attended, diverse, share=len(images) / total)
         return terms | {"classification": classified}
 
-    def _entropy(self, attended: list[Tensor], sites: Sequence[AttentionSite]) -> Tensor:
-        """Patch-similarity entropy of attention-weighted values, summed over blocks."""
+    def _entropy(
+        self, attended: list[Tensor], sites: Sequence[AttentionSite], *, share: float = 1.0
+    ) -> Tensor:
+        """Patch-similarity entropy of attention-weighted values, summed over blocks.
+
+        Only the first `share` of what the network saw counts.
+        """
         entropy = self.pixels.new_zeros(())
-        for values, site in zip(attended, sites, strict=True):
+        for parts, site in zip(_per_site(attended, len(sites)), sites, strict=True):
             prefix = self.layout.prefix_tokens if site.kind == "tokens" else 0
-            per_head = values.unflatten(-1, (site.heads, -1)).mean(dim=-2)
-            entropy = entropy + losses.patch_similarity_entropy(per_head[:, prefix:])
+            tokens = torch.cat(
+                [part.unflatten(-1, (site.heads, -1)).mean(dim=-2)[:, prefix:] for part in parts]
+            )
+            counted = tokens[: round(len(tokens) * share)]
+            entropy = entropy + losses.patch_similarity_entropy(counted)
         return entropy
 
     def _psaq_terms(self, images: Tensor) -> dict[str, Tensor]:
@@ -397,6 +409,11 @@ class BatchSynthesizer:
             ),
             history=list(self.history),
         )
+
+
+def _per_site(caught: list[Tensor], sites: int) -> list[list[Tensor]]:
+    """What taps caught in pass after pass, by the module that it went through."""
+    return [caught[index::sites] for index in range(sites)]
 
 
 def _seeded(seed: int) -> torch.Generator:

@@ -279,9 +279,25 @@ def test_only_some_patches_take_part_in_a_step(vit):
     few, everything = batch(vit, count=4, patches_per_step=2), batch(vit, count=4)
     assert len(everything.boxes) > 2
     few.step()
+    assert sum(seen) == 4 + 2
+    seen.clear()
     everything.step()
     handle.remove()
-    assert seen == [4 + 2, 4 + len(everything.boxes)]
+    assert sum(seen) == 4 + len(everything.boxes)
+
+
+@pytest.mark.parametrize("config", [{}, {"entropy_weight": 1.0}, {"method": "psaq"}])
+@pytest.mark.parametrize("model", ["tiny_vit", "tiny_swin"])
+def test_passes_of_few_images_give_what_one_pass_gives(request, monkeypatch, model, config):
+    network = sharpened(request.getfixturevalue(model))
+    found = []
+    for chunk in (2, 100):
+        monkeypatch.setattr(batches, "_CHUNK", chunk)
+        maker = batch(network, count=5, **config)
+        record = maker.step()
+        found.append((record, maker.pixels.grad.clone()))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["spdfq", "psaq"])
