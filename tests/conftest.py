@@ -67,7 +67,7 @@ def _own_environment(
     for name in list(os.environ):
         if name.startswith("QTOOL_"):
             monkeypatch.delenv(name)
-    monkeypatch.setenv("QTOOL_CACHE", str(tmp_path_factory.getbasetemp() / "qtool-cache"))
+    monkeypatch.setenv("QTOOL_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,14 @@ import torch
 from torch import Tensor
 
 from qtool.api.runtime import notice, read_picture
-from qtool.api.synthesize import TENSORS, ResumableSynthesis, read_tensor_file, synthesis_config
-from qtool.errors import CheckpointError, Progress, UsageError
+from qtool.api.synthesize import (
+    TENSORS,
+    ResumableSynthesis,
+    read_tensor_file,
+    synthesis_config,
+    write_tensors,
+)
+from qtool.errors import CheckpointError, Progress, QtoolError, UsageError
 from qtool.io import folders
 from qtool.methods.spdfq.priors import Box, magnified
 from qtool.models import vision
@@ -84,7 +90,7 @@ def gather(
     if settings.calib is not None:
         return _read_pictures(settings.calib, opened.data, settings.count, settings.seed)
     if settings.synthetic is not None:
-        return _read_synthetic(settings.synthetic, opened, settings.count)
+        return _read_synthetic(_synthetic_file(settings.synthetic), opened, settings.count)
     config = synthesis_config(
         method="spdfq",
         effort=settings.effort,
@@ -100,16 +106,54 @@ def gather(
         state=settings.output.with_name(f".{settings.output.name}.resume"),
         resume=settings.resume,
     )
-    made = work.run(progress)
-    agreement = float(made.agreement.float().mean())
-    if agreement < 0.5:
+    kept = work.kept_images
+    found = _read_kept(work, kept) or _synthesize(work, kept, progress)
+    if found.summary["image_agreement"] < 0.5:
         notice.warning(
             "only %.0f %% of the images are seen as what they should show; try --effort standard",
-            100 * agreement,
+            100 * found.summary["image_agreement"],
         )
-    summary = {"synthesis_steps": config.steps, "image_agreement": round(agreement, 4)}
-    held_out = magnified(made.images, made.boxes[:HELD_OUT])
-    return Calibration(made.images, "spdfq", summary, work, made.priors, held_out)
+    return found
+
+
+def _synthesize(work: ResumableSynthesis, kept: Path, progress: Progress | None) -> Calibration:
+    """Make images, and keep them so that a run at another width need not make them again."""
+    made = work.run(progress)
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(kept, made, work.opened, work.config)
+    except (OSError, QtoolError) as error:
+        notice.info("the images are not kept for the next run: %s", error)
+    return Calibration(
+        made.images,
+        work.config.method,
+        _synthesis_summary(work.config.steps, made.agreement),
+        work,
+        made.priors,
+        held_out=magnified(made.images, made.boxes[:HELD_OUT]),
+    )
+
+
+def _read_kept(work: ResumableSynthesis, path: Path) -> Calibration | None:
+    """Images that an earlier run made for the same weights with the same settings, if any."""
+    if not path.is_file():
+        return None
+    try:
+        found = _read_synthetic(path, work.opened, work.count)
+    except CheckpointError as error:
+        notice.info("making the images again: %s", error.message)
+        return None
+    if "image_agreement" not in found.summary:
+        return None
+    notice.info("calibration images: those that an earlier run kept in %s", path)
+    return replace(found, work=work)
+
+
+def _synthesis_summary(steps: int, agreement: Tensor) -> dict[str, Any]:
+    return {
+        "synthesis_steps": steps,
+        "image_agreement": round(float(agreement.float().mean()), 4),
+    }
 
 
 def _read_pictures(folder: Path, data: vision.DataConfig, count: int, seed: int) -> Calibration:
@@ -140,9 +184,8 @@ def _synthetic_file(folder: Path) -> Path:
     return path
 
 
-def _read_synthetic(folder: Path, opened: vision.OpenedModel, count: int) -> Calibration:
-    """Exact images of a folder that `qtool synthesize images` made."""
-    path = _synthetic_file(folder)
+def _read_synthetic(path: Path, opened: vision.OpenedModel, count: int) -> Calibration:
+    """Exact images from a file that `write_tensors` wrote."""
     metadata, tensors = read_tensor_file(path)
     pixels = tensors.get("images")
     expected = tuple(opened.data.input_size)
@@ -157,18 +200,22 @@ def _read_synthetic(folder: Path, opened: vision.OpenedModel, count: int) -> Cal
     try:
         made = json.loads(metadata.get("qtool.synthetic", "{}"))
         weights = made.get("weights_sha256")
-        method = str(made.get("config", {}).get("method", "synthetic images"))
-    except (ValueError, AttributeError) as error:
+        config = made.get("config", {})
+        method = str(config.get("method", "synthetic images"))
+        steps = int(config.get("steps", 0))
+    except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path} has unreadable metadata: {error}", remedy="synthesize the images again"
         ) from error
     if weights not in (None, opened.weights_sha256):
-        notice.warning("%s was synthesized from other weights", folder)
+        notice.warning("%s was synthesized from other weights", path)
     boxes = [box for box in _boxes(tensors, pixels) if box.image < count]
     others = pixels[count : count + HELD_OUT]
+    agreement = tensors.get("agreement")
     return Calibration(
         pixels[:count],
         method,
+        {} if agreement is None else _synthesis_summary(steps, agreement[:count]),
         priors={
             name.removeprefix("prior."): tensor
             for name, tensor in tensors.items()

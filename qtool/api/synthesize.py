@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
@@ -18,6 +19,8 @@ from qtool.api.runtime import bfloat16_is_faster, notice, prepare
 from qtool.errors import CheckpointError, Progress, UsageError
 from qtool.io import container, folders, images
 from qtool.io.atomic import sweep, write_file
+from qtool.io.cache import cache_dir
+from qtool.methods import spdfq
 from qtool.methods.spdfq.batch import Method, SynthesisConfig, SyntheticImages
 from qtool.methods.spdfq.synthesis import synthesize
 from qtool.models import vision
@@ -105,14 +108,25 @@ class ResumableSynthesis:
         self.identity = json.dumps(
             {
                 "weights": opened.weights_sha256,
+                "architecture": opened.architecture,
+                "model_args": opened.model_args,
                 "count": count,
                 "batch_size": batch_size,
                 **asdict(config),
             },
             sort_keys=True,
+            default=str,
         )
         self._saved_at = time.monotonic()
         self._states: dict[int, dict[str, Tensor]] = self._read() if resume else {}
+
+    @property
+    def kept_images(self) -> Path:
+        """File in the cache for the finished images of exactly this synthesis, code included."""
+        digest = hashlib.sha256(self.identity.encode())
+        for source in sorted(Path(spdfq.__file__).parent.glob("*.py")):
+            digest.update(source.read_bytes())
+        return cache_dir() / "synthesis" / f"{digest.hexdigest()}.safetensors"
 
     def _read(self) -> dict[int, dict[str, Tensor]]:
         if not self.state.exists():
@@ -317,38 +331,13 @@ def _share(flags: Tensor) -> float | None:
     return round(float(flags.float().mean()), 4) if len(flags) else None
 
 
-def write_images(
-    folder: Path, made: SyntheticImages, opened: vision.OpenedModel, config: SynthesisConfig
-) -> tuple[list[dict[str, Any]], bytes]:
-    """Write PNGs, the contact sheet and the exact tensors of synthesized images.
-
-    Single pictures that a former run wrote beyond the last are removed.
-
-    Returns:
-        One item per picture, and the contact sheet as PNG bytes.
-    """
-    visible = denormalised(made.images, opened.data)
+def write_tensors(
+    path: Path, made: SyntheticImages, opened: vision.OpenedModel, config: SynthesisConfig
+) -> None:
+    """Write exact pixels, soft labels, priors, boxes and agreement to one safetensors file."""
     boxes = torch.tensor(
         [(b.image, b.top, b.left, b.side, b.label) for b in made.boxes], dtype=torch.int64
     ).view(-1, 5)
-    top = made.labels.argmax(dim=1).tolist()
-    items: list[dict[str, Any]] = []
-    for index, picture in enumerate(visible):
-        path = folder / PICTURES / f"{index:05d}.png"
-        images.save_png(path, picture, overwrite=True)
-        shown = [b.label for b in made.boxes if b.image == index] or [top[index]]
-        items.append(
-            {
-                "path": str(path),
-                "output": str(path),
-                "status": "ok",
-                "classes": shown,
-                "agrees": bool(made.agreement[index]),
-            }
-        )
-    captions = [f"{i['classes'][0]} {'yes' if i['agrees'] else 'no'}" for i in items]
-    sheet = sheet_png(visible, captions=captions)
-    write_file(folder / SHEET, sheet, overwrite=True)
     tensors = {
         "images": made.images,
         "labels": made.labels,
@@ -368,7 +357,39 @@ def write_images(
             sort_keys=True,
         ),
     }
-    container.write_container(folder / TENSORS, metadata, tensors, overwrite=True)
+    container.write_container(path, metadata, tensors, overwrite=True)
+
+
+def write_images(
+    folder: Path, made: SyntheticImages, opened: vision.OpenedModel, config: SynthesisConfig
+) -> tuple[list[dict[str, Any]], bytes]:
+    """Write PNGs, the contact sheet and the exact tensors of synthesized images.
+
+    Single pictures that a former run wrote beyond the last are removed.
+
+    Returns:
+        One item per picture, and the contact sheet as PNG bytes.
+    """
+    visible = denormalised(made.images, opened.data)
+    top = made.labels.argmax(dim=1).tolist()
+    items: list[dict[str, Any]] = []
+    for index, picture in enumerate(visible):
+        path = folder / PICTURES / f"{index:05d}.png"
+        images.save_png(path, picture, overwrite=True)
+        shown = [b.label for b in made.boxes if b.image == index] or [top[index]]
+        items.append(
+            {
+                "path": str(path),
+                "output": str(path),
+                "status": "ok",
+                "classes": shown,
+                "agrees": bool(made.agreement[index]),
+            }
+        )
+    captions = [f"{i['classes'][0]} {'yes' if i['agrees'] else 'no'}" for i in items]
+    sheet = sheet_png(visible, captions=captions)
+    write_file(folder / SHEET, sheet, overwrite=True)
+    write_tensors(folder / TENSORS, made, opened, config)
     written = {Path(item["path"]).name for item in items}
     for path in (folder / PICTURES).iterdir():
         if re.fullmatch(r"[0-9]{5,}\.png", path.name) and path.name not in written:

@@ -18,7 +18,7 @@ from qtool.errors import (
     UsageError,
 )
 from qtool.io import checkpoint
-from qtool.io.cache import sha256_file
+from qtool.io.cache import cache_dir, sha256_file
 from qtool.methods.spdfq import batch as batches
 from qtool.models import vision
 from qtool.quant.layers import QuantConv2d
@@ -341,6 +341,7 @@ def test_a_killed_run_goes_on_and_writes_the_same_file(quantize, demo, monkeypat
     monkeypatch.setattr(batches, "_CHECKPOINT_EVERY", 1)
     monkeypatch.setattr(synthesize_api, "_SAVE_SECONDS", 0.0)
     quantize(demo, data_free=True, out=Path("whole.safetensors"))
+    monkeypatch.setenv("QTOOL_CACHE", "empty")
 
     def kill(stage, done, total, note=""):
         if (stage, done) == ("synthesize", 3):
@@ -363,6 +364,58 @@ def test_a_killed_run_goes_on_and_writes_the_same_file(quantize, demo, monkeypat
     assert steps[0] == ("synthesize", 3)
     assert not STATE.exists()
     assert_same_tensors(tensors_of(), tensors_of(Path("whole.safetensors")))
+
+
+def test_another_width_takes_the_images_that_were_made(quantize, demo, caplog):
+    caplog.set_level("INFO", "qtool.notice")
+    first = quantize(demo, data_free=True, out=Path("first.safetensors"))
+    stages = []
+    second = quantize(
+        demo,
+        data_free=True,
+        bits="w6a6",
+        out=Path("second.safetensors"),
+        progress=lambda stage, done, total, note="": stages.append(stage),
+    )
+    assert set(stages) == {"reconstruct"}
+    assert "an earlier run kept" in caplog.text
+    for name in ("image_agreement", "synthesis_steps", "held_out"):
+        assert first.summary[name] == second.summary[name]
+    # The same command again writes the same bytes.
+    quantize(demo, data_free=True, out=OUT)
+    assert OUT.read_bytes() == Path("first.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"count": 5}, {"effort": "standard"}])
+def test_other_settings_make_other_images(quantize, demo, monkeypatch, change):
+    monkeypatch.setitem(synthesize_api.STEPS, "standard", 2)
+    quantize(demo, data_free=True, out=Path("first.safetensors"))
+    stages = []
+    quantize(
+        demo,
+        data_free=True,
+        out=OUT,
+        progress=lambda stage, done, total, note="": stages.append(stage),
+        **change,
+    )
+    assert "synthesize" in stages
+
+
+def test_damaged_images_are_made_again(quantize, demo, caplog):
+    caplog.set_level("INFO", "qtool.notice")
+    quantize(demo, data_free=True, out=Path("first.safetensors"))
+    (kept,) = (cache_dir() / "synthesis").iterdir()
+    kept.write_bytes(kept.read_bytes()[:2000])
+    quantize(demo, data_free=True, out=OUT)
+    assert "making the images again" in caplog.text
+    assert OUT.read_bytes() == Path("first.safetensors").read_bytes()
+
+
+def test_a_cache_that_cannot_be_written_stops_nothing(quantize, demo, monkeypatch):
+    Path("file").write_text("no folder")
+    monkeypatch.setenv("QTOOL_CACHE", "file")
+    quantize(demo, data_free=True, out=OUT)
+    assert OUT.is_file()
 
 
 def test_a_run_killed_after_synthesis_keeps_its_images(quantize, demo):
