@@ -94,8 +94,9 @@ class SimulatedNested(SwitchableLayer, SimulatedLayer):
         zero = self.input_zero_point[column : column + 1]
         narrow = self.input_table is not None and spec.activation < tables.GRID_BITS
         table = cast(Tensor, self.input_table)[column] if narrow else None
-        levels = quantizers.activation_levels(x, scale, zero, table, bits=spec.activation)
-        levels = self.dropped(x, scale, levels)
+        levels = quantizers.activation_levels(
+            x, scale, zero, table, bits=spec.activation, unrounded=self.unrounded(x)
+        )
         weights = nested.nested_levels(self.weight, self.step, bits=spec.weight)
         return F.linear(levels, weights) * (scale * self.scales()[row]) + self.bias[row]
 

@@ -26,35 +26,59 @@ class _UniformLevels(torch.autograd.Function):
     """Snap to integers less the zero point; the gradient passes inside the range of codes."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:  # noqa: ANN401
-        codes = (x / scale).round_().add_(zero)
-        inside = (codes >= 0) & (codes <= top)
-        ctx.save_for_backward(inside, scale)
-        levels: Tensor = codes.clamp_(0, top).sub_(zero)
-        return levels
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        x: Tensor,
+        scale: Tensor,
+        zero: Tensor,
+        top: int,
+        unrounded: Tensor | None,
+    ) -> Tensor:
+        ratio = x / scale
+        codes = ratio.round().add_(zero)
+        levels = codes.clamp(0, top)
+        _save_passing(ctx, levels == codes, unrounded, scale)
+        return _with_unrounded(levels.sub_(zero), unrounded, ratio)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN401
-        inside, scale = ctx.saved_tensors
-        return (gradient * inside).div_(scale), None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:  # noqa: ANN401
+        passing, scale = ctx.saved_tensors
+        return (gradient * passing).div_(scale), None, None, None, None
 
 
 class _TableLevels(torch.autograd.Function):
     """Look up the level of a fine code; the gradient passes inside the range of the fine grid."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor, table: Tensor) -> Tensor:  # noqa: ANN401
-        codes = (x / scale).round_().add_(zero)
-        inside = (codes >= 0) & (codes <= len(table) - 1)
-        ctx.save_for_backward(inside, scale)
-        fine = codes.clamp_(0, len(table) - 1).int()
-        levels: Tensor = (table - zero).index_select(0, fine.flatten()).view(x.shape)
-        return levels
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        x: Tensor,
+        scale: Tensor,
+        zero: Tensor,
+        table: Tensor,
+        unrounded: Tensor | None,
+    ) -> Tensor:
+        ratio = x / scale
+        codes = ratio.round().add_(zero)
+        fine = codes.clamp(0, len(table) - 1)
+        _save_passing(ctx, fine == codes, unrounded, scale)
+        levels = (table - zero).index_select(0, fine.int().flatten()).view(x.shape)
+        return _with_unrounded(levels, unrounded, ratio)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN401
-        inside, scale = ctx.saved_tensors
-        return (gradient * inside).div_(scale), None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:  # noqa: ANN401
+        passing, scale = ctx.saved_tensors
+        return (gradient * passing).div_(scale), None, None, None, None
+
+
+def _save_passing(ctx: Any, inside: Tensor, unrounded: Tensor | None, scale: Tensor) -> None:  # noqa: ANN401
+    """Remember where gradients pass: inside the range, and where nothing was rounded."""
+    ctx.save_for_backward(inside if unrounded is None else inside.logical_or_(unrounded), scale)
+
+
+def _with_unrounded(levels: Tensor, unrounded: Tensor | None, ratio: Tensor) -> Tensor:
+    # With weights of 0 and 1 `lerp` is exact, and on a CPU several times as fast as `where`.
+    return levels if unrounded is None else levels.lerp_(ratio, unrounded.to(levels.dtype))
 
 
 class _Log2Value(torch.autograd.Function):
@@ -76,7 +100,9 @@ class _Log2Value(torch.autograd.Function):
         return gradient * kept, None
 
 
-def uniform_levels(x: Tensor, scale: Tensor, zero_point: Tensor, *, bits: int) -> Tensor:
+def uniform_levels(
+    x: Tensor, scale: Tensor, zero_point: Tensor, *, bits: int, unrounded: Tensor | None = None
+) -> Tensor:
     """Quantize to code minus zero point, kept as float32: integers in -z .. 2^b-1-z.
 
     Args:
@@ -84,15 +110,19 @@ def uniform_levels(x: Tensor, scale: Tensor, zero_point: Tensor, *, bits: int) -
         scale: Step size, broadcastable to `x`.
         zero_point: Code of zero, same shape as `scale`, integer type.
         bits: Width of the code.
+        unrounded: True where `x / scale` stays as it is, same shape as `x`.
 
     Returns:
         `clamp(round(x / scale) + z, 0, 2^b - 1) - z`; straight-through gradient inside the range.
     """
-    levels: Tensor = _UniformLevels.apply(x, scale, zero_point.to(x.dtype), 2**bits - 1)
+    zero = zero_point.to(x.dtype)
+    levels: Tensor = _UniformLevels.apply(x, scale, zero, 2**bits - 1, unrounded)
     return levels
 
 
-def table_levels(x: Tensor, scale: Tensor, zero_point: Tensor, table: Tensor) -> Tensor:
+def table_levels(
+    x: Tensor, scale: Tensor, zero_point: Tensor, table: Tensor, *, unrounded: Tensor | None = None
+) -> Tensor:
     """Quantize to the levels of a table, less the zero point, kept as float32.
 
     Args:
@@ -100,21 +130,38 @@ def table_levels(x: Tensor, scale: Tensor, zero_point: Tensor, table: Tensor) ->
         scale: Step of the fine grid, one element.
         zero_point: Fine code of zero, one element, integer type.
         table: Level of every fine code, uint8 (256,).
+        unrounded: True where `x / scale` stays as it is, same shape as `x`.
 
     Returns:
         `table[clamp(round(x / scale) + z, 0, 255)] - z`; straight-through gradient inside the grid.
     """
-    levels: Tensor = _TableLevels.apply(x, scale, zero_point.to(x.dtype), table.to(x.dtype))
+    zero = zero_point.to(x.dtype)
+    levels: Tensor = _TableLevels.apply(x, scale, zero, table.to(x.dtype), unrounded)
     return levels
 
 
 def activation_levels(
-    x: Tensor, scale: Tensor, zero_point: Tensor, table: Tensor | None, *, bits: int
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    table: Tensor | None,
+    *,
+    bits: int,
+    unrounded: Tensor | None = None,
 ) -> Tensor:
     """`table_levels` where there is a table, else `uniform_levels`."""
     if table is None:
-        return uniform_levels(x, scale, zero_point, bits=bits)
-    return table_levels(x, scale, zero_point, table)
+        return uniform_levels(x, scale, zero_point, bits=bits, unrounded=unrounded)
+    return table_levels(x, scale, zero_point, table, unrounded=unrounded)
+
+
+def random_mask(x: Tensor, share: float, *, generator: torch.Generator | None) -> Tensor:
+    """A mask of the shape of `x`, true in about a `share` of places, from one byte each."""
+    words = torch.randint(
+        -(2**63), 2**63 - 1, (x.numel() // 8 + 1,), generator=generator, device=x.device
+    )
+    drawn = words.view(torch.uint8)[: x.numel()].view(x.shape)
+    return drawn < round(256 * share)
 
 
 def log2_levels(x: Tensor, scale: Tensor, *, bits: int) -> Tensor:
@@ -153,6 +200,12 @@ def uniform_parameters(low: Tensor, high: Tensor, *, bits: int) -> tuple[Tensor,
     scale = ((high - low) / top).clamp_min(1e-8)
     zero_point = torch.round(-low / scale).clamp(0.0, top)
     return scale, zero_point.to(torch.int32)
+
+
+def _restored(x: Tensor, scale: Tensor, zero: Tensor, *, bits: int) -> Tensor:
+    """Quantize uniformly and back."""
+    codes = (x / scale).round_().add_(zero).clamp_(0, 2**bits - 1)
+    return codes.sub_(zero).mul_(scale)
 
 
 def sampled_rows(x: Tensor, *, values: int = 4 * _SAMPLE) -> tuple[Tensor, Tensor]:
@@ -247,7 +300,7 @@ def search_activation_range(
     best: tuple[float, Tensor, Tensor] | None = None
     for low, high in _range_candidates(single, single_counts):
         scale, zero = uniform_parameters(low.view(1), high.view(1), bits=bits)
-        difference = uniform_levels(values, scale, zero, bits=bits).mul_(scale).sub_(values)
+        difference = _restored(values, scale, zero, bits=bits).sub_(values)
         if weight is not None:
             difference = difference @ weight.detach().T
         error = float(difference.square().mean(dim=1) @ counts)
@@ -281,8 +334,8 @@ def search_weight_range(weight: Tensor, *, bits: int) -> tuple[Tensor, Tensor]:
     for step in range(_SHRINK_STEPS * 2):
         factor = 1.0 - (1.0 - _SHRINK_FLOOR) * step / (_SHRINK_STEPS * 2)
         scale, zero = uniform_parameters(low * factor, high * factor, bits=bits)
-        levels = uniform_levels(rows, scale[:, None], zero[:, None], bits=bits)
-        error = (levels * scale[:, None] - rows).square().mean(dim=1)
+        restored = _restored(rows, scale[:, None], zero[:, None], bits=bits)
+        error = restored.sub_(rows).square_().mean(dim=1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)

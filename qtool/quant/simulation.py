@@ -40,12 +40,11 @@ class SimulatedLayer(nn.Module):
         if self.observing:
             self.seen = {**self.seen, **{name: x.detach() for name, x in operands.items()}}
 
-    def dropped(self, x: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
-        """Put some unrounded values back among the levels, while gradients are computed."""
+    def unrounded(self, x: Tensor) -> Tensor | None:
+        """Which values of `x` to leave unrounded: none, unless gradients are computed with drop."""
         if not self.drop or not torch.is_grad_enabled():
-            return levels
-        chance = torch.rand(x.shape, generator=self.generator, device=x.device)
-        return torch.where(chance < self.drop, x / scale, levels)
+            return None
+        return quantizers.random_mask(x, self.drop, generator=self.generator)
 
     def calibrate(self) -> None:
         """Choose scales from what was seen, then forget it."""
@@ -104,8 +103,9 @@ class SimulatedLinear(SimulatedLayer):
         self.observe(input=x)
         if self.enabled:
             scale, zero, bits = self.input_scale, self.input_zero_point, self.plan.input_bits
-            levels = quantizers.activation_levels(x, scale, zero, self.input_table, bits=bits)
-            levels = self.dropped(x, scale, levels)
+            levels = quantizers.activation_levels(
+                x, scale, zero, self.input_table, bits=bits, unrounded=self.unrounded(x)
+            )
             y = self.product(levels, self.weight_levels())
             y = y * self.over_channels(self.input_scale * self.weight_scale)
         else:
@@ -194,15 +194,19 @@ class SimulatedProducts(SimulatedLayer):
 
     def _levels(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
         scale, zero = self.frozen.parameters_of(name)
+        bits, unrounded = self.plan.input_bits, self.unrounded(x)
         if name == "probability" and self.plan.probabilities == "log2":
-            return quantizers.log2_levels(x, scale, bits=self.plan.input_bits), scale
-        table, bits = self.frozen.table_of(name), self.plan.input_bits
-        return quantizers.activation_levels(x, scale, zero, table, bits=bits), scale
+            levels = quantizers.log2_levels(x, scale, bits=bits)
+            return levels if unrounded is None else torch.where(unrounded, x / scale, levels), scale
+        table = self.frozen.table_of(name)
+        levels = quantizers.activation_levels(x, scale, zero, table, bits=bits, unrounded=unrounded)
+        return levels, scale
 
     def _product(self, left: str, a: Tensor, right: str, b: Tensor) -> Tensor:
         (a_levels, a_scale), (b_levels, b_scale) = self._levels(left, a), self._levels(right, b)
-        a, b = self.dropped(a, a_scale, a_levels), self.dropped(b, b_scale, b_levels)
-        return a @ (b.transpose(-2, -1) if right == "key" else b) * (a_scale * b_scale)
+        if right == "key":
+            b_levels = b_levels.transpose(-2, -1)
+        return a_levels @ b_levels * (a_scale * b_scale)
 
     def scores(self, query: Tensor, key: Tensor) -> Tensor:
         """(B, H, N, D) and (B, H, M, D) to (B, H, N, M)."""

@@ -230,3 +230,33 @@ def test_counted_quantiles_are_those_of_the_repeated_values(values, share):
     plain = quantizers.quantiles(repeated, torch.ones(len(repeated)), [share])[0]
     assert float(found) == float(plain)
     assert float((repeated <= found).float().mean()) >= share - 1e-6
+
+
+@pytest.mark.parametrize("table", [None, torch.arange(256).to(torch.uint8) // 16 * 16])
+def test_unrounded_values_pass_as_they_are_and_so_do_their_gradients(table):
+    x = drawn(64, 32, scale=4.0).requires_grad_()
+    scale, zero = torch.tensor([0.03]), torch.tensor([100], dtype=torch.int32)
+    kept = quantizers.random_mask(x, 0.5, generator=torch.Generator().manual_seed(0))
+    mixed = quantizers.activation_levels(x, scale, zero, table, bits=8, unrounded=kept)
+    plain = quantizers.activation_levels(x, scale, zero, table, bits=8)
+    assert torch.equal(mixed[kept], (x / scale)[kept])
+    assert torch.equal(mixed[~kept], plain[~kept])
+    (gradient,) = torch.autograd.grad(mixed.sum(), x)
+    (inside,) = torch.autograd.grad(plain.sum(), x)
+    torch.testing.assert_close(gradient[kept], torch.full_like(gradient[kept], 1 / 0.03))
+    assert torch.equal(gradient[~kept], inside[~kept])
+    assert not inside[~kept].all()
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_a_random_mask_has_the_share_that_was_asked_for(share):
+    mask = quantizers.random_mask(
+        torch.empty(333, 301), share, generator=torch.Generator().manual_seed(3)
+    )
+    assert mask.shape == (333, 301)
+    assert mask.dtype == torch.bool
+    assert float(mask.float().mean()) == pytest.approx(share, abs=0.01)
+    again = quantizers.random_mask(
+        torch.empty(333, 301), share, generator=torch.Generator().manual_seed(3)
+    )
+    assert torch.equal(mask, again)
