@@ -20,6 +20,10 @@ from qtool.quant.widths import Choice
 from qtool.settings.evaluate import EvaluateSettings
 
 
+ALONE = "none"
+"""The baseline that stands for none."""
+
+
 @dataclass
 class Target:
     """A model under test.
@@ -182,7 +186,9 @@ def _is_optional(settings: EvaluateSettings) -> bool:
 def _baseline(
     settings: EvaluateSettings, header: checkpoint.Header | None
 ) -> tuple[str, str] | None:
-    """Name and weights of the model to measure beside a target."""
+    """Name and weights of the model to measure beside a target, None for no such model."""
+    if settings.baseline == ALONE:
+        return None
     if settings.baseline is not None:
         return settings.baseline, "pretrained" if header is None else settings.weights
     if header is None:

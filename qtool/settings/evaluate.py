@@ -32,8 +32,8 @@ class EvaluateSettings(CommonSettings):
     baseline: str | None = Field(
         default=None,
         min_length=1,
-        description="Model or checkpoint to measure beside the target; with --reference the "
-        "folder that the results were made from.",
+        description="Model or checkpoint to measure beside the target, or none; with --reference "
+        "the folder that the results were made from.",
     )
     reference: Path | None = Field(
         default=None, description="Folder of the pictures that results should be like."

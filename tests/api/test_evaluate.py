@@ -276,3 +276,10 @@ def test_a_plan_knows_checkpoints(checkpoint_file, no_weights):
 def test_the_bundled_model_knows_its_pictures():
     result = evaluate("demo_vit", count=48)
     assert result.summary["top1"] > 60
+
+
+def test_a_checkpoint_can_be_measured_alone(checkpoint_file):
+    result = evaluate(checkpoint_file, baseline="none")
+    assert len(result.items) == 1
+    assert "baseline_top1" not in result.summary
+    assert "drop" not in result.items[0]

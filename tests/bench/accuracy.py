@@ -91,6 +91,7 @@ def accuracy(options: argparse.Namespace, target: str) -> dict[str, Any]:
             data=data,
             crop_pct=options.crop_pct,
             weights="pretrained" if target.endswith(".safetensors") else options.weights,
+            baseline="none",
             offline=True,
         )
         found[data.name] = qtool.evaluate(settings).summary["top1"]
