@@ -19,7 +19,6 @@ from qtool.quant.switchable import Switchable, layers_of
 from qtool.quant.widths import Choice
 from qtool.settings.evaluate import EvaluateSettings
 
-
 ALONE = "none"
 """The baseline that stands for none."""
 
