@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from qtool import __version__
 from qtool.api import calibration, layer_report, precision, quantize_any
 from qtool.api.attention_sheet import attention_png
+from qtool.api.estimate import Estimate
 from qtool.api.load import restore
 from qtool.api.runtime import bfloat16_is_faster, check_report, prepare, write_report
-from qtool.api.synthesize import STEPS, denormalised, sheet_png
+from qtool.api.synthesize import STEPS, denormalised, sheet_png, typical_patches
 from qtool.errors import Progress, QtoolError
 from qtool.io import checkpoint, folders
 from qtool.methods.spdfq.reconstruction import (
@@ -74,6 +75,18 @@ def plan(settings: QuantizeSettings) -> Result:
     if spec is not None:
         size = spec.parameters * 1e6 * settings.bit_spec.weight / 8
         summary["estimated_bytes"] = round(size)
+    estimate = Estimate(settings.model, weights=settings.weights, device=settings.device)
+    if estimate.forward is not None:
+        seconds = estimate.reconstruction(
+            count=settings.count, steps=summary["reconstruction_steps"]
+        )
+        if settings.data_free:
+            seconds += estimate.synthesis(
+                count=settings.count,
+                patches=typical_patches("spdfq", settings.effort, settings.count),
+                steps=summary["synthesis_steps"],
+            )
+        summary["estimated_seconds"] = round(seconds)
     return Result("quantize", status="planned", summary=summary)
 
 

@@ -32,6 +32,7 @@ __all__ = [
     "imagenet_wnids",
     "layout",
     "open_model",
+    "outline",
     "resolve",
     "unfuse_attention",
 ]
@@ -135,6 +136,25 @@ def resolve(name: str, *, weights: str | Path = "pretrained") -> str:
     """
     path = _named_weights(weights)
     return name if name.startswith(_HUB_PREFIXES) else _plan(name, path).architecture
+
+
+def outline(name: str, *, weights: str | Path) -> tuple[nn.Module, tuple[int, int, int]] | None:
+    """Build the network that `open_model` would open, without memory for its weights.
+
+    Args:
+        name: As for `open_model`.
+        weights: As for `open_model`.
+
+    Returns:
+        The network on the "meta" device and its input size (3, H, W); None for a hub repository.
+    """
+    if name.startswith(_HUB_PREFIXES):
+        return None
+    plan = _plan(name, _named_weights(weights))
+    network = build(plan.architecture, plan.model_args, device="meta")
+    demo = plan.architecture == "demo_vit"
+    data = plan.data or (DEMO_DATA if demo else _data_config(network))
+    return network, data.input_size
 
 
 def open_model(

@@ -290,6 +290,7 @@ def test_a_plan_loads_no_weights_and_writes_nothing(no_weights, class_folders, d
     assert summary["reconstruction_steps"] == 9
     assert summary["synthesis_steps"] == (4 if data_free else 0)
     assert summary["estimated_bytes"] == pytest.approx(5.7e6 / 2, rel=0.01)
+    assert summary["estimated_seconds"] > 0
     assert sorted(Path.cwd().rglob("*")) == before
 
 

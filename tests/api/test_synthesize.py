@@ -198,6 +198,7 @@ def test_a_plan_refuses_what_the_run_would(no_weights, demo):
 
 def test_a_plan_loads_no_weights(no_weights):
     result = plan_images(settings("deit_t", steps=7, method="psaq"))
+    assert result.summary["estimated_seconds"] > 0
     assert result.status == "planned"
     assert result.summary["architecture"] == "deit_tiny_patch16_224.fb_in1k"
     assert result.summary["steps"] == 7

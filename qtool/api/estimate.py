@@ -1,0 +1,73 @@
+"""How long a run will take: the operations it needs, over the rate this machine multiplies at."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from qtool.api.runtime import bfloat16_is_faster, choose_device
+from qtool.models import vision
+
+_SIDE = 1024
+_SECONDS = 0.1
+
+# What a step takes beside its matrix products (softmax, GELU, normalisation, rounding, memory),
+# as a factor on their time; measured with DeiT-tiny on a CPU.
+_SYNTHESIS = 1.6
+_RECONSTRUCTION = 1.9
+
+# Ranges, errors and checks of one calibration image, in forward passes.
+_PASSES = 32
+
+_RECONSTRUCTION_BATCH = 8
+
+
+class Estimate:
+    """Seconds for the parts of a run on this machine.
+
+    Args:
+        name: Model, as for `vision.open_model`; no weights are read.
+        weights: As for `vision.open_model`.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        UsageError: The model's arguments do not suit it.
+        MissingError: The device is not there.
+    """
+
+    def __init__(self, name: str, *, weights: str, device: str) -> None:
+        outline = vision.outline(name, weights=weights)
+        if outline is None:
+            self.forward = None
+            return
+        network, size = outline
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            network(torch.empty((1, *size), device="meta"))
+        operations = counter.get_total_flops()
+        self.forward = operations / _operations_per_second(choose_device(device))
+
+    def synthesis(self, *, count: int, patches: int, steps: int) -> float:
+        """Optimise `count` images and `patches` blown-up squares of them: forward and backward."""
+        return _SYNTHESIS * 2 * steps * (count + patches) * (self.forward or 0.0)
+
+    def reconstruction(self, *, count: int, steps: int) -> float:
+        """Choose ranges on `count` images and train every block for `steps` steps."""
+        trained = _RECONSTRUCTION * 3 * steps * _RECONSTRUCTION_BATCH
+        return (trained + _PASSES * count) * (self.forward or 0.0)
+
+
+def _operations_per_second(device: torch.device) -> float:
+    """Rate of a matrix product, measured, in floating-point operations."""
+    kind = torch.bfloat16 if bfloat16_is_faster(device) else torch.float32
+    left = torch.ones((_SIDE, _SIDE), dtype=kind, device=device)
+    done, started = 0, 0.0
+    while not done or time.perf_counter() - started < _SECONDS:
+        left @ left
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        # The first product starts threads and libraries, and is not counted.
+        started = started or time.perf_counter()
+        done += 1
+    return 2.0 * _SIDE**3 * max(1, done - 1) / (time.perf_counter() - started)
