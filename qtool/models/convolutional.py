@@ -21,7 +21,7 @@ _BLOCKS = frozenset(
         "ConvNeXtBlock",
     }
 )
-_HEADS = ("fc", "classifier", "head.pre_logits", "head.fc")
+_HEADS = ("fc", "classifier", "head.pre_logits", "head.fc", "linear")
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ def parts(model: nn.Module) -> ConvolutionalParts | None:
     classes = {base.__name__ for base in type(model).__mro__}
     if "ResNet" in classes:
         units = ["conv1", *_children(model, ("layer1", "layer2", "layer3", "layer4"))]
+    elif "CifarResNet" in classes:
+        units = ["conv1", *_children(model, ("layer1", "layer2", "layer3"))]
     elif "EfficientNet" in classes:
         stages = [f"blocks.{name}" for name, _ in model.get_submodule("blocks").named_children()]
         units = ["conv_stem", *_children(model, stages), "conv_head"]

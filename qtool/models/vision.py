@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from qtool.errors import MissingError, UsageError
-from qtool.models import registry, repair, sources
+from qtool.models import cifar, registry, repair, sources
 from qtool.models.data_config import DataConfig
 from qtool.models.layout import AttentionSite, Layout, layout, unfuse_attention
 
@@ -94,7 +94,7 @@ def build(
     """Build a classifier with random weights.
 
     Args:
-        architecture: timm name, with or without a tag, or "demo_vit".
+        architecture: timm name, with or without a tag, "demo_vit" or a name in `cifar.DEPTHS`.
         model_args: Arguments of timm's builder, such as `num_classes`.
         device: Where the parameters are made; "meta" makes none.
 
@@ -109,6 +109,8 @@ def build(
             if architecture == "demo_vit":
                 kind = timm.models.vision_transformer.VisionTransformer
                 model: nn.Module = kind(**{**DEMO_ARGUMENTS, **model_args})
+            elif architecture in cifar.DEPTHS:
+                model = cifar.build(architecture, **model_args)
             else:
                 model = timm.create_model(architecture, pretrained=False, **model_args)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
@@ -152,9 +154,7 @@ def outline(name: str, *, weights: str | Path) -> tuple[nn.Module, tuple[int, in
         return None
     plan = _plan(name, _named_weights(weights))
     network = build(plan.architecture, plan.model_args, device="meta")
-    demo = plan.architecture == "demo_vit"
-    data = plan.data or (DEMO_DATA if demo else _data_config(network))
-    return network, data.input_size
+    return network, (plan.data or _usual_data(plan.architecture, network)).input_size
 
 
 def open_model(
@@ -193,7 +193,7 @@ def open_model(
     demo = plan.architecture == "demo_vit"
     if not demo:
         plan.model_args.setdefault("num_classes", classes)
-    data = plan.data or (DEMO_DATA if demo else _data_config(model))
+    data = plan.data or _usual_data(plan.architecture, model)
     return OpenedModel(
         model=model,
         name=name,
@@ -237,7 +237,10 @@ def _plan(name: str, weights: Path | None) -> _Plan:
         plan = _plan_metadata(path, spec.architecture, arguments)
         plan.source = str(weights) if weights else f"bundled {spec.bundled}"
         return plan
-    architecture = spec.architecture if spec is not None else _timm_name(name)
+    is_own = spec is None and name in cifar.DEPTHS
+    architecture = spec.architecture if spec is not None else name if is_own else _timm_name(name)
+    if is_own and weights is None:
+        return _Plan(name, arguments, None, "")
     if weights is not None:
         return _plan_metadata(weights, architecture, arguments)
     return _Plan(architecture, arguments, None, f"hf-hub:{_repository(architecture)}")
@@ -268,7 +271,7 @@ def _timm_name(name: str) -> str:
     """Return the timm name with its tag filled in; raise for a name that timm does not know."""
     base, _, tag = name.partition(".")
     if not timm.is_model(base):
-        near = registry.suggestions(name, more=tuple(timm.list_models()))
+        near = registry.suggestions(name, more=(*cifar.DEPTHS, *timm.list_models()))
         also = f"did you mean {', '.join(near)}? " if near else ""
         if "/" in name:
             also = f"write hf-hub:{name} for a hub repository, local-dir:{name} for a folder; "
@@ -302,6 +305,11 @@ def _repository(architecture: str) -> str:
 def _fetch(plan: _Plan, offline: bool) -> Path:
     """Get timm's own weights for a plan that names no file."""
     architecture = plan.architecture
+    if architecture in cifar.DEPTHS:
+        raise MissingError(
+            f"{architecture}, a network for CIFAR, comes without weights",
+            remedy=f"pass a file: {architecture} --weights FILE",
+        )
     configured, spec = timm.get_pretrained_cfg(architecture), registry.find(architecture)
     if spec is None:
         with torch.device("meta"):
@@ -366,6 +374,9 @@ def _plan_metadata(path: Path, architecture: str, given: Mapping[str, Any] | Non
 
 def _classes_of(path: Path, architecture: str) -> dict[str, Any]:
     """Read the number of classes off the head in a file, for fine-tuned weights."""
+    if architecture in cifar.DEPTHS:
+        rows = sources.rows(path, f"{cifar.HEAD}.weight") if path.suffix == ".safetensors" else None
+        return {} if rows is None else {"num_classes": rows}
     configured = timm.get_pretrained_cfg(architecture)
     head = configured.classifier if configured is not None else None
     if path.suffix != ".safetensors" or not isinstance(head, str | tuple | list):
@@ -424,8 +435,8 @@ def _plan_config(config: Path, weights: Path) -> _Plan:
 def _load(plan: _Plan, weights: Path) -> nn.Module:
     """Build the planned model and fill it with weights."""
     try:
-        if plan.architecture == "demo_vit":
-            model = build("demo_vit", plan.model_args)
+        if plan.architecture == "demo_vit" or plan.architecture in cifar.DEPTHS:
+            model = build(plan.architecture, plan.model_args)
             model.load_state_dict(timm.models.load_state_dict(str(weights)))
             return model
         overlay = {
@@ -452,7 +463,12 @@ def _load(plan: _Plan, weights: Path) -> nn.Module:
         ) from error
 
 
-def _data_config(model: nn.Module) -> DataConfig:
+def _usual_data(architecture: str, model: nn.Module) -> DataConfig:
+    """What weights of an architecture expect, unless they say otherwise."""
+    if architecture == "demo_vit":
+        return DEMO_DATA
+    if architecture in cifar.DEPTHS:
+        return cifar.DATA
     return DataConfig.from_dict(timm.data.resolve_model_data_config(model))
 
 

@@ -90,11 +90,13 @@ class Offer:
         weight: Bits of weights that there are scales for, rising; empty for attention's products.
         activation: Bits of activations, rising.
         planes: Number of 2-bit planes of weights that are there; widths beyond them are not.
+        tied: Weights and activations have one width together, as in a network of branches.
     """
 
     weight: tuple[int, ...]
     activation: tuple[int, ...]
     planes: int = 4
+    tied: bool = False
 
     @property
     def present(self) -> tuple[int, ...]:
@@ -104,11 +106,14 @@ class Offer:
     def fit(self, name: str, spec: BitSpec) -> BitSpec:
         """The width a layer runs at when `spec` is asked for.
 
-        A layer whose input has one width only, as the first one has, keeps it.
+        A layer whose input has one width only, as the first one has, keeps it. Where widths are
+        tied, N alone, which elsewhere leaves activations at 8 bits, means wNaN.
 
         Raises:
             UsageError: The layer lacks the width.
         """
+        if self.tied:
+            return self._fit_tied(name, spec)
         if len(self.activation) == 1:
             spec = BitSpec(spec.weight, self.activation[0])
         if self.weight and spec.weight not in self.present:
@@ -124,6 +129,15 @@ class Offer:
                 remedy=f"its activations have {', '.join(map(str, self.activation))} bits",
             )
         return spec
+
+    def _fit_tied(self, name: str, spec: BitSpec) -> BitSpec:
+        equal = spec.activation in (spec.weight, parse_width(spec.weight).activation)
+        if not equal or spec.weight not in self.weight:
+            raise UsageError(
+                f"{name} cannot run at {spec}",
+                remedy=f"it has {', '.join(f'w{bits}a{bits}' for bits in self.weight)}",
+            )
+        return BitSpec(spec.weight, spec.weight)
 
 
 class SwitchableLayer:

@@ -1,0 +1,202 @@
+"""Training of a network of branches, step by step and resumable.
+
+In a step every width computes the batch, the widest first, and gradients add up. Weights and
+BatchNorms move by SGD with momentum, scales by Adam; both learning rates fall by half a cosine.
+
+Reference: MBQuant, arXiv 2305.08117; sections 2.10 and 2.11 of this project's notes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from qtool.methods.multiquant.branches import BranchedClassifier
+from qtool.methods.multiquant.distillation import loss_weight, teacher_of, width_loss
+
+_NETWORK, _STEP = "network/", "step"
+_MOMENTUM = 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class BranchTraining:
+    """How a network of branches is trained.
+
+    Attributes:
+        steps: Optimiser steps in all.
+        learning_rate: The highest, of weights and BatchNorms.
+        scale_rate: The highest of the logarithms of scales.
+        weight_decay: Of weights and BatchNorms.
+        distill: Whether the widest setting teaches the others.
+        bfloat16: Whether convolutions run in bfloat16.
+    """
+
+    steps: int
+    learning_rate: float
+    scale_rate: float = 1e-3
+    weight_decay: float = 1e-4
+    distill: bool = True
+    bfloat16: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as JSON types."""
+        return asdict(self)
+
+
+def rate_at(step: int, steps: int) -> float:
+    """Share of the highest learning rate: half a cosine down to zero."""
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, steps))))
+
+
+class BranchTrainer:
+    """A network of branches in training; one process of several if torch.distributed runs.
+
+    Args:
+        network: Trained in place.
+        config: How to train.
+    """
+
+    def __init__(self, network: BranchedClassifier, config: BranchTraining) -> None:
+        self.network, self.config = network, config
+        self.device = next(network.parameters()).device
+        self.step_index = 0
+        scales = [p for name, p in network.named_parameters() if _is_scale(name)]
+        others = [p for name, p in network.named_parameters() if not _is_scale(name)]
+        self.optimizers: dict[str, torch.optim.Optimizer] = {
+            "weights": torch.optim.SGD(
+                others,
+                lr=config.learning_rate,
+                momentum=_MOMENTUM,
+                weight_decay=config.weight_decay,
+            ),
+            "scales": torch.optim.Adam(scales, lr=config.scale_rate),
+        }
+
+    def step(self, images: Tensor, labels: Tensor) -> dict[int, float]:
+        """Take one step.
+
+        Args:
+            images: (B, 3, H, W), normalised.
+            labels: (B,).
+
+        Returns:
+            Loss of every width.
+        """
+        config, network = self.config, self.network
+        rate = rate_at(self.step_index, config.steps)
+        for name, highest in (("weights", config.learning_rate), ("scales", config.scale_rate)):
+            self.optimizers[name].param_groups[0]["lr"] = highest * rate
+            self.optimizers[name].zero_grad(set_to_none=True)
+        network.train()
+        images, labels = images.to(self.device), labels.to(self.device)
+        factor = loss_weight(len(network.selection))
+        teacher: Tensor | None = None
+        losses = {}
+        for width in sorted(network.selection, reverse=True):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bfloat16):
+                logits = network.at(images, width).float()
+            loss = width_loss(logits, labels, teacher)
+            (factor * loss).backward()
+            losses[width] = loss.detach()
+            if config.distill and teacher is None:
+                teacher = teacher_of(logits)
+        self._share_gradients()
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+        self.step_index += 1
+        return {width: float(loss) for width, loss in losses.items()}
+
+    def _share_gradients(self) -> None:
+        """Take the mean of the gradients of all processes."""
+        if processes() == 1:
+            return
+        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        flat /= processes()
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def share_statistics(self) -> None:
+        """Take the mean of the BatchNorm statistics of all processes."""
+        if processes() == 1:
+            return
+        for buffer in self.network.buffers():
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer)
+                buffer /= processes()
+
+    def state(self) -> dict[str, Tensor]:
+        """All that a later run needs to go on as if never stopped."""
+        tensors = {f"{_NETWORK}{k}": v for k, v in self.network.state_dict().items()}
+        for name, optimizer in self.optimizers.items():
+            for index, slots in optimizer.state_dict()["state"].items():
+                tensors |= {
+                    f"{name}/{index}/{slot}": value
+                    for slot, value in slots.items()
+                    if isinstance(value, Tensor)
+                }
+        tensors[_STEP] = torch.tensor([self.step_index])
+        return {name: value.detach().cpu() for name, value in tensors.items()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what `state` returned, for the same network and configuration."""
+
+        def under(prefix: str) -> dict[str, Tensor]:
+            return {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+
+        self.network.load_state_dict(under(_NETWORK))
+        for name, optimizer in self.optimizers.items():
+            slots: dict[int, dict[str, Tensor]] = {}
+            for key, value in under(f"{name}/").items():
+                index, _, slot = key.partition("/")
+                slots.setdefault(int(index), {})[slot] = value
+            whole = optimizer.state_dict()
+            whole["state"] = slots
+            optimizer.load_state_dict(whole)
+        self.step_index = int(state[_STEP])
+
+
+def processes() -> int:
+    """Number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of the processes this one is, from 0."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+@torch.no_grad()
+def accuracy(
+    network: BranchedClassifier, batches: Iterable[tuple[Tensor, Tensor]]
+) -> dict[int, float]:
+    """Share of pictures that every width classifies right.
+
+    Args:
+        network: Simulated or frozen; its mode is kept.
+        batches: Images (B, 3, H, W) and labels (B,).
+    """
+    device = next(network.head.parameters()).device
+    training = network.training
+    network.eval()
+    right = dict.fromkeys(sorted(network.selection), 0)
+    seen = 0
+    for images, labels in batches:
+        seen += len(labels)
+        for width in right:
+            choice = network.at(images.to(device), width).argmax(dim=1).cpu()
+            right[width] += int((choice == labels).sum())
+    network.train(training)
+    return {width: number / max(1, seen) for width, number in right.items()}
+
+
+def _is_scale(name: str) -> bool:
+    return name.rpartition(".")[2] in ("log_weight_scale", "log_input_scale")

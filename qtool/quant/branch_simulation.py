@@ -1,0 +1,125 @@
+"""A convolution of a branch in training: float weights, learnt scales, a BatchNorm per width."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qtool.quant.branch_grid import (
+    UnitPlan,
+    activation_levels,
+    initial_weight_scale,
+    search_activation_scale,
+    weight_codes,
+    weight_levels,
+)
+from qtool.quant.branch_layers import IntegerUnit
+
+
+class SimulatedUnit(nn.Module):
+    """Convolution and BatchNorm of one branch: (B, C, H, W) and a width to (B, N, H', W').
+
+    Weight scales belong to the branch and not to the width, so that its codes are the same at every
+    width that selects it. Scales are learnt as logarithms, which keeps them positive.
+
+    In evaluation mode scales and BatchNorm are applied in the engine's order, so that
+    `freeze()` changes where the arithmetic runs and not what comes out.
+
+    Args:
+        plan: Shape, geometry and widths.
+        weight: Float weights to start from.
+        norm: The BatchNorm behind them, copied for every width.
+
+    Attributes:
+        observing: Choose the scale of activations anew from the next input, at its width.
+    """
+
+    def __init__(self, plan: UnitPlan, weight: Tensor, norm: nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.plan = plan
+        self.observing = False
+        self.weight = nn.Parameter(weight.detach().clone())
+        scales = [initial_weight_scale(weight, bits=bits) for bits in plan.weight_bits]
+        self.log_weight_scale = nn.Parameter(torch.stack(scales).log())
+        self.log_input_scale = nn.Parameter(weight.new_zeros(len(plan.members)))
+        self.norms = nn.ModuleDict(
+            {
+                str(member.width): _leading(norm, plan.channels(member)[1])
+                for member in plan.members
+            }
+        )
+
+    def weight_scale(self, bits: int) -> Tensor:
+        """What a level is worth at a width of weights, (N,)."""
+        return self.log_weight_scale[self.plan.weight_bits.index(bits)].exp()
+
+    def input_scale(self, width: int) -> Tensor:
+        """What a level of activations is worth at a width, ()."""
+        return self.log_input_scale[self.plan.index(width)].exp()
+
+    def folded(self, width: int) -> tuple[Tensor, Tensor]:
+        """Scale of rows and bias at a width, weight scale and BatchNorm in one, (N,) each."""
+        member = self.plan.members[self.plan.index(width)]
+        norm = self.norm(width)
+        if norm.running_mean is None or norm.running_var is None:
+            raise ValueError("the BatchNorm keeps no statistics to fold")
+        gain = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        rows = self.plan.channels(member)[1]
+        scale = self.weight_scale(member.weight_bits)[:rows]
+        return scale * gain, norm.bias - norm.running_mean * gain
+
+    def norm(self, width: int) -> nn.BatchNorm2d:
+        """The BatchNorm of a width."""
+        found = self.norms[str(width)]
+        if not isinstance(found, nn.BatchNorm2d):
+            raise TypeError(f"{type(found).__name__} is no BatchNorm")
+        return found
+
+    def forward(self, x: Tensor, width: int) -> Tensor:
+        """Quantize, convolve levels, scale and normalise."""
+        index = self.plan.index(width)
+        member = self.plan.members[index]
+        inputs, outputs = self.plan.channels(member)
+        if self.observing:
+            scale = search_activation_scale(x, bits=width)
+            with torch.no_grad():
+                self.log_input_scale[index] = scale.log()
+        step, scale = self.input_scale(width), self.weight_scale(member.weight_bits)[:outputs]
+        weight = self.weight[:outputs, :inputs]
+        sums = F.conv2d(
+            activation_levels(x, step, bits=width),
+            weight_levels(weight, scale, bits=member.weight_bits),
+            None,
+            **self.plan.geometry._asdict(),
+        )
+        if self.training:
+            normalised: Tensor = self.norm(width)(sums * (step * scale).view(-1, 1, 1))
+            return normalised
+        gain, bias = self.folded(width)
+        return sums * (step * gain).view(-1, 1, 1) + bias.view(-1, 1, 1)
+
+    @torch.no_grad()
+    def freeze(self, weight_bits: int) -> IntegerUnit:
+        """The integer unit of all widths that have weights of so many bits."""
+        members = tuple(m for m in self.plan.members if m.weight_bits == weight_bits)
+        plan = UnitPlan(self.plan.shape, self.plan.geometry, self.plan.narrow, members)
+        unit = IntegerUnit(plan, device=self.weight.device)
+        unit.set_codes(
+            weight_codes(self.weight, self.weight_scale(weight_bits), bits=weight_bits)
+        )
+        for member in members:
+            gain, bias = self.folded(member.width)
+            unit.set_scales(member.width, gain, bias, self.input_scale(member.width))
+        return unit
+
+
+def _leading(norm: nn.BatchNorm2d, channels: int) -> nn.BatchNorm2d:
+    """A copy of a BatchNorm for its first channels."""
+    copy = nn.BatchNorm2d(channels, eps=norm.eps, momentum=norm.momentum).to(norm.weight.device)
+    state = {
+        name: tensor[:channels] if tensor.ndim else tensor
+        for name, tensor in norm.state_dict().items()
+    }
+    copy.load_state_dict(state)
+    return copy.train(norm.training)
