@@ -174,11 +174,11 @@ def evaluate(settings: EvaluateSettings, progress: Progress | None = None) -> Re
         device=device,
         bits=settings.widths[0] if settings.widths else None,
     )
-    check_widths(target, settings.widths, name=settings.target)
+    widths = check_widths(target, settings.widths, name=settings.target)
     baseline = open_baseline(settings, target, device)
     batches, total = _batches(settings, target)
     runs = [_Run(baseline)] if baseline is not None else []
-    runs += [_Run(target, width) for width in settings.widths] or [_Run(target)]
+    runs += [_Run(target, width) for width in widths] or [_Run(target)]
     seen = 0
     failed: list[dict[str, Any]] = []
     for batch in batches:
@@ -201,8 +201,8 @@ def evaluate(settings: EvaluateSettings, progress: Progress | None = None) -> Re
         for run, item in zip(runs[1:], items[1:], strict=True):
             item["drop"] = round(items[0]["top1"] - item["top1"], 2)
             item["agreement"] = round(100 * run.agreed / seen, 2)
-    if settings.widths:
-        evaluate_widths.add_costs(items[-len(settings.widths) :], Path(settings.target))
+    if widths:
+        evaluate_widths.add_costs(items[-len(widths) :], Path(settings.target))
     summary: dict[str, Any] = {"count": seen, "failed": len(failed), **items[-1]}
     if baseline is not None:
         summary["baseline_top1"] = items[0]["top1"]
@@ -212,7 +212,7 @@ def evaluate(settings: EvaluateSettings, progress: Progress | None = None) -> Re
         summary["latency"] = timings
         summary["threads"] = torch.get_num_threads()
         tables.append(latency.table(timings, device))
-    problem = _failed_gates(settings, items if settings.widths else [summary])
+    problem = _failed_gates(settings, items if widths else [summary], widths)
     status: Status = "failed" if problem else "partial" if failed else "ok"
     result = Result(
         "eval",
@@ -220,7 +220,7 @@ def evaluate(settings: EvaluateSettings, progress: Progress | None = None) -> Re
         items=[*items, *failed],
         summary={**summary, **problem, "status": status},
         tables=tables,
-        charts=evaluate_widths.charts(items) if settings.widths else (),
+        charts=evaluate_widths.charts(items) if widths else (),
     )
     write_report(settings.report, result)
     return result
@@ -284,7 +284,9 @@ def _accuracy_table(items: list[dict[str, Any]], count: int) -> Table:
     return Table(f"Accuracy on {count} pictures", (*columns, *more), rows)
 
 
-def _failed_gates(settings: EvaluateSettings, results: list[dict[str, Any]]) -> dict[str, Any]:
+def _failed_gates(
+    settings: EvaluateSettings, results: list[dict[str, Any]], widths: tuple[str, ...]
+) -> dict[str, Any]:
     """What goes into the summary when a gate is missed; nothing otherwise.
 
     With several widths every one of them has to pass, the float model beside them has not.
@@ -292,10 +294,10 @@ def _failed_gates(settings: EvaluateSettings, results: list[dict[str, Any]]) -> 
     missed = []
     for metric, bound in settings.gates:
         for result in results:
-            if settings.widths and result["model"] not in settings.widths:
+            if widths and result["model"] not in widths:
                 continue
             value = result.get(metric)
-            place = f" at {result['model']}" if settings.widths else ""
+            place = f" at {result['model']}" if widths else ""
             if value is None:
                 missed.append(f"{metric} was not measured{place}")
             elif value > bound if metric == "drop" else value < bound:

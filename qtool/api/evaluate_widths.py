@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qtool.api import branch_widths
 from qtool.api.file_widths import bit_operations, chosen, layers_in, needed_bytes
 from qtool.io import checkpoint
 from qtool.quant.widths import Choice
@@ -20,6 +21,12 @@ def add_costs(items: Sequence[dict[str, Any]], path: Path) -> None:
         path: The checkpoint.
     """
     table = checkpoint.read_planes(path)
+    if table.header.engine == "branches":
+        rows = {row["bits"]: row for row in branch_widths.costs(table)}
+        for item in items:
+            row = rows[item["model"]]
+            item["bytes"], item["bit_operations"] = row["needed_bytes"], row["bit_operations"]
+        return
     layers = layers_in(table)
     for item in items:
         specs = chosen(layers, Choice.of(item["model"]))

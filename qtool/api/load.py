@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from qtool.api import branch_model
 from qtool.api.nested_model import choose_bits, install
 from qtool.errors import CheckpointError, UsageError
 from qtool.io import checkpoint
@@ -43,7 +44,7 @@ def load(
     if header.engine == "fixed" and bits is not None:
         _require_width(header, bits, path)
     model = restore(header, tensors, origin=str(path))
-    if header.engine == "nested":
+    if header.engine != "fixed":
         choose_bits(model, header, bits, path=str(path))
     model.qtool_config = header  # type: ignore[assignment]
     return model.to(device).eval()
@@ -71,6 +72,8 @@ def restore(header: checkpoint.Header, tensors: dict[str, Tensor], *, origin: st
     """
     tensors = _as_computed(header, tensors)
     try:
+        if header.engine == "branches":
+            return branch_model.restore(header, tensors).requires_grad_(False).eval()
         model = vision.build(header.architecture, header.model_args, device="meta")
         if header.engine == "nested":
             tensors = install(model, header, tensors)

@@ -110,7 +110,9 @@ def choose_bits(
     switchable = make_switchable(model)
     if not isinstance(switchable, Switchable):
         raise AssertionError("the model was just made switchable")
-    if request is None:
+    if request is None and header.engine == "branches":
+        request = header.active_bits
+    elif request is None:
         request = {
             name: f"w{layer.weight_bits}a{layer.input_bits}"
             for name, layer in header.layers.items()

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from qtool import __version__
-from qtool.api import calibration, layer_report, precision, quantize_any
+from qtool.api import calibration, layer_report, precision, quantize_any, quantize_branches
 from qtool.api.attention_sheet import attention_png
 from qtool.api.estimate import Estimate
 from qtool.api.load import restore
+from qtool.api.parallel import torchrun_group
 from qtool.api.runtime import bfloat16_is_faster, check_report, prepare, write_report
 from qtool.api.synthesize import STEPS, denormalised, sheet_png, typical_patches
 from qtool.errors import Progress, QtoolError
@@ -59,6 +60,10 @@ def plan(settings: QuantizeSettings) -> Result:
         return Result("quantize", status="planned", summary=skipped)
     calibration.check(settings)
     architecture = vision.resolve(settings.model, weights=settings.weights)
+    if settings.engine == "branches":
+        return Result(
+            "quantize", status="planned", summary=quantize_branches.plan(settings, architecture)
+        )
     summary: dict[str, Any] = {
         "model": settings.model,
         "architecture": architecture,
@@ -106,6 +111,8 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
     if not _outputs(settings):
         return Result("quantize", summary={"output": str(settings.output), "status": "skipped"})
     calibration.check(settings)
+    if settings.engine == "branches":
+        return _train(settings, progress)
     started = time.monotonic()
     device = prepare(settings)
     opened = vision.open_model(
@@ -208,6 +215,16 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
     if made.work is not None:
         made.work.forget()
     return result
+
+
+def _train(settings: QuantizeSettings, progress: Progress | None) -> Result:
+    """Train branches, in one process or in those of torchrun."""
+    with torchrun_group():
+        device = prepare(settings)
+        opened = vision.open_model(
+            settings.model, weights=settings.weights, offline=settings.offline, device=device
+        )
+        return quantize_branches.quantize(settings, opened, progress=progress)
 
 
 @torch.no_grad()

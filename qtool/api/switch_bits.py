@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from qtool.api import branch_widths
 from qtool.api.file_widths import bit_operations, chosen, layers_in, needed_bytes, with_bits
 from qtool.errors import CheckpointError, Progress, UsageError
 from qtool.io import checkpoint, folders, nested_tensors
@@ -33,6 +34,8 @@ def switch_bits(settings: SwitchBitsSettings, progress: Progress | None = None) 
         QtoolError: The file is damaged, or the copy cannot be written.
     """
     table = checkpoint.read_planes(settings.target)
+    if table.header.engine == "branches":
+        return branch_widths.switch(settings, table)
     if table.header.nested is None:
         raise UsageError(
             f"{settings.target} has one width per layer, {table.header.active_bits}",

@@ -102,8 +102,12 @@ def open_target(
     )
 
 
-def check_widths(target: Target, widths: Sequence[str], *, name: str) -> None:
+def check_widths(target: Target, widths: Sequence[str], *, name: str) -> tuple[str, ...]:
     """Refuse widths that a target lacks.
+
+    Returns:
+        The widths as the target runs them: a network of branches, whose weights and activations
+        have one width together, runs w4a4 where 4 was asked for.
 
     Raises:
         UsageError: It is not switchable, or a layer has no such width.
@@ -113,8 +117,12 @@ def check_widths(target: Target, widths: Sequence[str], *, name: str) -> None:
             f"{name} cannot run at other bits", remedy="only files of `quantize --bits any` can"
         )
     layers = layers_of(target.model)
+    tied = any(layer.offer.tied for layer in layers.values())
+    found = []
     for width in widths:
-        chosen(layers, Choice.of(width))
+        specs = chosen(layers, Choice.of(width))
+        found.append(str(next(iter(specs.values()))) if tied else width)
+    return tuple(dict.fromkeys(found))
 
 
 def check_names(settings: EvaluateSettings) -> str:

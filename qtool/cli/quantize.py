@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
 from qtool.cli.options import OUTPUT, add_command, argument, complete_bits, complete_models, option
 from qtool.cli.session import session
 from qtool.settings.base import Effort
-from qtool.settings.quantize import Budget, QuantizeSettings, Recipe
+from qtool.settings.quantize import Ablation, Budget, Engine, QuantizeSettings, Recipe
 
 _PICTURES = "Calibration pictures (choose one source)"
+_TRAINING = "Training (--engine branches)"
+
+
+def _complete_ablations(incomplete: str) -> list[str]:
+    return [name for name in get_args(Ablation) if name.startswith(incomplete)]
 
 
 def quantize(
@@ -26,6 +31,7 @@ def quantize(
         option(QuantizeSettings, "bits", "--bits", "-b", metavar="BITS", complete=complete_bits),
     ] = None,
     budget: Annotated[Budget | None, option(QuantizeSettings, "budget", "--budget")] = None,
+    engine: Annotated[Engine | None, option(QuantizeSettings, "engine", "--engine")] = None,
     recipe: Annotated[Recipe | None, option(QuantizeSettings, "recipe", "--recipe")] = None,
     effort: Annotated[Effort | None, option(QuantizeSettings, "effort", "--effort")] = None,
     steps: Annotated[int | None, option(QuantizeSettings, "steps", "--steps")] = None,
@@ -51,6 +57,29 @@ def quantize(
     ] = None,
     count: Annotated[
         int | None, option(QuantizeSettings, "count", "--count", panel=_PICTURES)
+    ] = None,
+    train: Annotated[
+        Path | None, option(QuantizeSettings, "train", "--train", panel=_TRAINING, metavar="DIR")
+    ] = None,
+    epochs: Annotated[
+        int | None, option(QuantizeSettings, "epochs", "--epochs", panel=_TRAINING)
+    ] = None,
+    batch_size: Annotated[
+        int | None, option(QuantizeSettings, "batch_size", "--batch-size", panel=_TRAINING)
+    ] = None,
+    learning_rate: Annotated[
+        float | None, option(QuantizeSettings, "learning_rate", "--learning-rate", panel=_TRAINING)
+    ] = None,
+    ablate: Annotated[
+        list[str] | None,
+        option(
+            QuantizeSettings,
+            "ablate",
+            "--ablate",
+            panel=_TRAINING,
+            metavar="PART",
+            complete=_complete_ablations,
+        ),
     ] = None,
     out: Annotated[
         Path | None,

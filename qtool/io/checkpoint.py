@@ -22,24 +22,24 @@ point are those of an 8-bit grid, and the table has at most 2^bits distinct entr
 A row of K codes takes the bytes of its planes one after the other, ceil(K * width / 8) each; the
 widths are 2=[2] 3=[2,1] 4=[4] 5=[4,1] 6=[4,2] 7=[4,2,1] 8=[8].
 
-With the engine `nested` a layer has several widths, and other tensors: see `nested_tensors`.
+With the engine `nested` a layer has several widths, and other tensors: see `nested_tensors`. With
+the engine `branches` the whole network has: see `branch_tensors`.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal, Self
+from typing import BinaryIO
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ValidationError
 from torch import Tensor
 
 from qtool.errors import CheckpointError
-from qtool.io import nested_tensors
+from qtool.io import branch_tensors, nested_tensors
 from qtool.io.container import (
     change_metadata,
     damaged,
@@ -51,6 +51,21 @@ from qtool.io.container import (
     strict_json,
     write_container,
 )
+from qtool.io.header import MIXED, Header, LayerBits, NestedWidths
+
+__all__ = [
+    "FORMAT",
+    "MIXED",
+    "Header",
+    "LayerBits",
+    "NestedWidths",
+    "PlaneTable",
+    "change_header",
+    "read",
+    "read_header",
+    "read_planes",
+    "write",
+]
 
 FORMAT = 1
 
@@ -65,120 +80,6 @@ _TABLE: Shapes = ((256,),)
 _SCALES = (torch.float32, torch.float16)
 _ZERO_POINTS = (torch.uint8, torch.int32)
 _ONE: Shapes = ((), (1,))
-
-
-def _plain_json(value: object) -> object:
-    """Turn tuples into lists and sort keys, so that equal headers have equal bytes."""
-    try:
-        return json.loads(json.dumps(value, allow_nan=False, sort_keys=True))
-    except TypeError as error:
-        raise ValueError(str(error)) from error
-
-
-JsonObject = Annotated[dict[str, Any], BeforeValidator(_plain_json)]
-Bits = Annotated[int, Field(ge=2, le=8)]
-BitsName = Annotated[str, Field(pattern=r"^(w[2-8]a([2-8]|16|32)|mixed:[2-8](\.\d{1,6})?)$")]
-MIXED = "mixed"
-"""The active bits of a switchable file whose layers run at several widths."""
-LayerName = Annotated[str, Field(pattern=r"^\w+(\.\w+)*$", max_length=300)]
-
-
-class LayerBits(BaseModel):
-    """How one layer is quantized.
-
-    Attributes:
-        kind: `linear` and `conv` have packed weights, `attention` has quantized products.
-        weight_bits: Width of the weights; None for attention.
-        input_bits: Width of the input, or of the operands of attention; None where it stays float.
-        options: Whatever else the layer's class needs to be made again.
-    """
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    kind: Literal["linear", "conv", "attention"]
-    weight_bits: Bits | None
-    input_bits: Bits | None
-    options: dict[str, str | int | float | bool | None] = {}
-
-    @model_validator(mode="after")
-    def _weights_have_bits(self) -> Self:
-        if (self.kind == "attention") != (self.weight_bits is None):
-            raise ValueError("linear and conv layers have weight_bits, attention has none")
-        return self
-
-
-class NestedWidths(BaseModel):
-    """What the layers of a switchable file have in common.
-
-    Attributes:
-        weight_bits: The widths that scales of weights are stored for, rising.
-        activation_bits: The same for activations.
-        sensitivity: What running a layer at each of the weight widths costs the model's output, by
-            layer; empty where it was not measured.
-    """
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    weight_bits: Annotated[list[Bits], Field(min_length=1, max_length=7)]
-    activation_bits: Annotated[list[Bits], Field(min_length=1, max_length=7)]
-    sensitivity: dict[LayerName, list[Annotated[float, Field(ge=0, allow_inf_nan=False)]]] = {}
-
-    @model_validator(mode="after")
-    def _widths_rise(self) -> Self:
-        for widths in (self.weight_bits, self.activation_bits):
-            if widths != sorted(set(widths)):
-                raise ValueError(f"the widths {widths} do not rise")
-        if any(len(costs) != len(self.weight_bits) for costs in self.sensitivity.values()):
-            raise ValueError("a sensitivity does not have one number per weight width")
-        return self
-
-
-class Header(BaseModel):
-    """Everything a checkpoint says about itself.
-
-    Attributes:
-        architecture: The timm name and tag, or `demo_vit`.
-        model_args: Arguments that build the model without weights.
-        data: Input size, mean, std, interpolation and crop.
-        engine: `fixed` has one bit-width per layer, `nested` several.
-        bits: The bit-widths the file can run at; of `nested`, those that need no more saying.
-        active_bits: The one of them it runs at, or `mixed`.
-        layers: The quantized layers by name, in the order of the model, with their active bits.
-        quantization_config: The same in compressed-tensors' words, `quant_method` "qtool".
-        provenance: Version, method, recipe, seed, SHA-256 of the source weights, paper.
-        nested: What only the engine `nested` has.
-    """
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    architecture: Annotated[str, Field(pattern=r"^[\w.:/-]+$", max_length=200)]
-    model_args: JsonObject
-    data: JsonObject
-    engine: Literal["fixed", "nested", "branches"]
-    bits: Annotated[list[BitsName], Field(min_length=1)]
-    active_bits: BitsName | Literal["mixed"]
-    layers: dict[LayerName, LayerBits]
-    quantization_config: JsonObject
-    provenance: JsonObject
-    nested: NestedWidths | None = None
-
-    @model_validator(mode="after")
-    def _active_bits_are_there(self) -> Self:
-        mixed = self.engine == "nested" and self.active_bits == MIXED
-        if not mixed and self.active_bits not in self.bits:
-            raise ValueError(f"active_bits {self.active_bits} is not one of bits")
-        return self
-
-    @model_validator(mode="after")
-    def _widths_belong_to_the_engine(self) -> Self:
-        if (self.engine == "nested") != (self.nested is not None):
-            raise ValueError("the engine nested, and no other, has nested widths")
-        return self
-
-    def to_json(self) -> str:
-        """The header in JSON, without what the engine does not have."""
-        absent = {"nested"} if self.nested is None else None
-        return json.dumps(self.model_dump(exclude=absent), separators=(",", ":"))
 
 
 def write(
@@ -202,7 +103,6 @@ def write(
         CheckpointError: Header and tensors disagree; nothing is written.
         OutputExistsError: The file exists and `overwrite` is false.
     """
-    _require_known(path, header)
     problem = _disagreement(header, tensors)
     if problem:
         raise CheckpointError(f"cannot write {path}: {problem}")
@@ -211,7 +111,7 @@ def write(
         path,
         metadata,
         tensors,
-        section_of=None if header.nested is None else _section_of(header),
+        section_of=None if header.engine == "fixed" else _section_of(header),
         overwrite=overwrite,
         check=check,
     )
@@ -263,7 +163,7 @@ def read_planes(path: Path) -> PlaneTable:
     other = table.data_start
     for entry in table.entries:
         owner, _, leaf = entry.name.rpartition(".")
-        number = nested_tensors.plane_of(leaf) if owner in header.layers else 0
+        number = _plane_of(header, leaf) if owner in header.layers else 0
         if not number:
             other += entry.end - entry.begin
             continue
@@ -296,11 +196,10 @@ def read(path: Path) -> tuple[Header, dict[str, Tensor]]:
     with open_container(path) as file:
         table = read_table(file, path)
         header = _header(path, table.metadata, intact=table.intact)
-        _require_known(path, header)
         if table.cut and table.sections < 2:
             raise damaged(path, "it ends before the first plane of weights")
         tensors = read_tensors(file, path, table)
-    planes = table.sections - 1 if table.cut else nested_tensors.MAX_PLANES
+    planes = table.sections - 1 if table.cut else branch_tensors.MAX_BRANCHES
     problem = _disagreement(header, tensors, planes=planes)
     if problem:
         raise damaged(path, problem)
@@ -328,12 +227,11 @@ def _header(path: Path, metadata: Mapping[str, str], *, intact: bool) -> Header:
         raise damaged(path, f"qtool.config is not JSON: {error}") from error
 
 
-def _require_known(path: Path, header: Header) -> None:
-    if header.engine not in ("fixed", "nested"):
-        raise CheckpointError(
-            f"{path} has the engine {header.engine!r}; this qtool knows 'fixed' and 'nested'",
-            remedy="install the newest qtool: pip install -U qtool",
-        )
+def _plane_of(header: Header, leaf: str) -> int:
+    """Number of the plane that a tensor's last name stands for; 0 for other tensors."""
+    if header.branches is None:
+        return nested_tensors.plane_of(leaf)
+    return branch_tensors.plane_of(leaf)
 
 
 def _section_of(header: Header) -> Callable[[str], int]:
@@ -341,13 +239,13 @@ def _section_of(header: Header) -> Callable[[str], int]:
 
     def section(name: str) -> int:
         owner, _, leaf = name.rpartition(".")
-        return nested_tensors.plane_of(leaf) if owner in header.layers else 0
+        return _plane_of(header, leaf) if owner in header.layers else 0
 
     return section
 
 
 def _disagreement(
-    header: Header, tensors: Mapping[str, Tensor], *, planes: int = nested_tensors.MAX_PLANES
+    header: Header, tensors: Mapping[str, Tensor], *, planes: int = branch_tensors.MAX_BRANCHES
 ) -> str:
     """Say in one line what is wrong between a header and its tensors, or nothing.
 
@@ -362,6 +260,8 @@ def _disagreement(
         children.setdefault(owner, set()).add(leaf)
     if header.nested is not None:
         return _nested_disagreement(header, header.nested, tensors, children, planes)
+    if header.branches is not None:
+        return _branches_disagreement(header, header.branches, tensors, children, planes)
     for owner, leaves in children.items():
         surplus = leaves & (_WEIGHT_TENSORS | _INPUT_TENSORS | _INPUT_TABLE)
         if surplus and owner not in header.layers:
@@ -414,6 +314,28 @@ def _nested_disagreement(
                 planes=min(stored, planes),
                 table=table,
             )
+        if problem:
+            return f"layer {shown(name)}: {problem}"
+    return ""
+
+
+def _branches_disagreement(
+    header: Header,
+    table: branch_tensors.BranchTable,
+    tensors: Mapping[str, Tensor],
+    children: Mapping[str, set[str]],
+    planes: int,
+) -> str:
+    for name, layer in header.layers.items():
+        own = {leaf: tensors[f"{name}.{leaf}"] for leaf in children.get(name, set())}
+        problem = branch_tensors.sizes_problem(layer.options) or branch_tensors.unit_problem(
+            own,
+            table,
+            rows=branch_tensors.size_of(layer.options, "rows"),
+            columns=branch_tensors.size_of(layer.options, "columns"),
+            narrow_rows=branch_tensors.size_of(layer.options, "narrow_rows"),
+            branches=min(planes, len(table.weight_bits)),
+        )
         if problem:
             return f"layer {shown(name)}: {problem}"
     return ""

@@ -12,7 +12,7 @@ WEIGHT_BITS: Final = (2, 3, 4, 5, 6, 7, 8)
 ACTIVATION_BITS: Final = (*WEIGHT_BITS, 16, 32)
 
 _GRAMMAR = re.compile(r"w([2-8])a([2-8]|16|32)", re.IGNORECASE | re.ASCII)
-_SWITCHABLE = re.compile(r"any(?::([2-8])-([2-8]))?", re.IGNORECASE | re.ASCII)
+_SWITCHABLE = re.compile(r"any(?::([2-8])-([2-8])|:([2-8](?:,[2-8])*))?", re.IGNORECASE | re.ASCII)
 _DEFAULT_RANGE = (4, 8)
 _ACTIVATION = 8
 _REMEDY = (
@@ -61,10 +61,11 @@ class BitSpec:
 
 
 def parse_range(text: str) -> tuple[int, ...] | None:
-    """Read `any[:LO-HI]`, the widths of a switchable checkpoint; None where it is something else.
+    """Read `any`, `any:LO-HI` or `any:A,B,...`, the widths of a switchable checkpoint.
 
     Returns:
         The weight bits, rising; `any` alone is 4 to 8, what post-training quantization can do well.
+        None where the text is something else.
 
     Raises:
         UsageError: LO is above HI.
@@ -72,6 +73,8 @@ def parse_range(text: str) -> tuple[int, ...] | None:
     match = _SWITCHABLE.fullmatch(text)
     if match is None:
         return None
+    if match[3]:
+        return tuple(sorted({int(bits) for bits in match[3].split(",")}))
     low, high = (int(match[1]), int(match[2])) if match[1] else _DEFAULT_RANGE
     if low > high:
         raise UsageError(f"{text!r} is an empty range", remedy=f"write any:{high}-{low}")

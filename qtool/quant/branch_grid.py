@@ -112,13 +112,13 @@ def weight_levels(weight: Tensor, scale: Tensor, *, bits: int) -> Tensor:
     ratio = weight / scale.view(-1, *[1] * (weight.ndim - 1))
     odd = bits == ODD_BITS
     low, high = (-3, 3) if odd else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    levels: Tensor = _Snap.apply(ratio, low, high, odd)  # type: ignore[no-untyped-call]
+    levels: Tensor = _Snap.apply(ratio, low, high, odd)
     return levels
 
 
 def activation_levels(x: Tensor, scale: Tensor, *, bits: int) -> Tensor:
     """Levels of activations from 0 to 2^bits - 1, as whole numbers in float32."""
-    levels: Tensor = _Snap.apply(x / scale, 0, 2**bits - 1, False)  # type: ignore[no-untyped-call]
+    levels: Tensor = _Snap.apply(x / scale, 0, 2**bits - 1, False)
     return levels
 
 
@@ -167,7 +167,8 @@ def search_activation_scale(x: Tensor, *, bits: int) -> Tensor:
     shares = torch.linspace(1 / _CANDIDATES, 1, _CANDIDATES, device=x.device)
     scales = top * shares / (2**bits - 1)
     errors = torch.stack([_error(values, scale, bits) for scale in scales])
-    return scales[errors.argmin()]
+    best: Tensor = scales[errors.argmin()]
+    return best
 
 
 def _error(values: Tensor, scale: Tensor, bits: int) -> Tensor:

@@ -22,6 +22,7 @@ class IntegerUnit(nn.Module):
 
     codes: Tensor
     zero: Tensor
+    weight_zero: Tensor
 
     def __init__(self, plan: UnitPlan, *, device: torch.device | str = "cpu") -> None:
         super().__init__()
@@ -50,7 +51,8 @@ class IntegerUnit(nn.Module):
         """Weight codes (N, K), uint8 in 0 .. 2^bits - 1."""
         levels = self.codes.to(torch.int16) + 2 ** (self.engine_bits - 1)
         spread = self.engine_bits > self.weight_bits
-        return (levels // 2 if spread else levels).to(torch.uint8)
+        codes: Tensor = levels // 2 if spread else levels
+        return codes.to(torch.uint8)
 
     def set_scales(self, width: int, alpha: Tensor, delta: Tensor, step: Tensor) -> None:
         """Take the scales of one width."""

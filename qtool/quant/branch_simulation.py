@@ -44,10 +44,7 @@ class SimulatedUnit(nn.Module):
         self.log_weight_scale = nn.Parameter(torch.stack(scales).log())
         self.log_input_scale = nn.Parameter(weight.new_zeros(len(plan.members)))
         self.norms = nn.ModuleDict(
-            {
-                str(member.width): _leading(norm, plan.channels(member)[1])
-                for member in plan.members
-            }
+            {str(member.width): _leading(norm, plan.channels(member)[1]) for member in plan.members}
         )
 
     def weight_scale(self, bits: int) -> Tensor:
@@ -105,9 +102,7 @@ class SimulatedUnit(nn.Module):
         members = tuple(m for m in self.plan.members if m.weight_bits == weight_bits)
         plan = UnitPlan(self.plan.shape, self.plan.geometry, self.plan.narrow, members)
         unit = IntegerUnit(plan, device=self.weight.device)
-        unit.set_codes(
-            weight_codes(self.weight, self.weight_scale(weight_bits), bits=weight_bits)
-        )
+        unit.set_codes(weight_codes(self.weight, self.weight_scale(weight_bits), bits=weight_bits))
         for member in members:
             gain, bias = self.folded(member.width)
             unit.set_scales(member.width, gain, bias, self.input_scale(member.width))

@@ -118,7 +118,7 @@ class WriterSettings(CommonSettings):
     overwrite: bool = Field(default=False, description="Replace output that exists.")
     skip_existing: bool = Field(default=False, description="Leave output that exists as it is.")
     resume: bool = Field(
-        default=False, description="Go on where an interrupted synthesis of pictures stopped."
+        default=False, description="Go on where an interrupted synthesis or training stopped."
     )
 
     @model_validator(mode="after")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -14,6 +15,14 @@ from qtool.settings.base import Effort, ReportPath, WriterSettings
 
 Budget = Literal["size", "macs"]
 Recipe = Literal["paper", "strong"]
+Engine = Literal["nested", "branches"]
+Ablation = Literal["prefix", "no-distillation", "one-set"]
+
+_TRAINING_ONLY = ("train", "epochs", "batch_size", "learning_rate", "ablate")
+_CALIBRATION_ONLY = (
+    *("data_free", "calib", "synthetic", "count"),
+    *("recipe", "effort", "steps", "budget", "keep", "skip"),
+)
 
 
 def _checked_bits(value: str) -> str:
@@ -42,7 +51,7 @@ class QuantizeSettings(WriterSettings):
     bits: Annotated[str, AfterValidator(_checked_bits)] = Field(
         default="w4a4",
         description="Bits of weights and activations, 2 to 8 each; mixed:AVG chooses them layer by "
-        "layer; any or any:LO-HI makes one file that runs at all these widths.",
+        "layer; any, any:LO-HI or any:A,B,... makes one file that runs at all these widths.",
     )
     budget: Budget = Field(
         default="size",
@@ -65,6 +74,24 @@ class QuantizeSettings(WriterSettings):
     steps: int | None = Field(
         default=None, ge=1, description="Optimisation steps; overrides the effort."
     )
+    engine: Engine = Field(
+        default="nested",
+        description="Of any: nested 2-bit planes, calibrated; or branches of 2-bit weights, which "
+        "are trained (ResNets only).",
+    )
+    train: Path | None = Field(
+        default=None, description="Class folders of pictures to train branches on."
+    )
+    epochs: int = Field(default=30, ge=1, description="Passes over the training pictures.")
+    batch_size: int = Field(default=128, ge=2, le=65536, description="Pictures a training step.")
+    learning_rate: float = Field(
+        default=0.05, gt=0, le=10, allow_inf_nan=False, description="Highest learning rate."
+    )
+    ablate: tuple[Ablation, ...] = Field(
+        default=(),
+        description="Leave out a part of the method: prefix (first branches at every width), "
+        "no-distillation, one-set (one body, rounded anew to every width); repeat for more.",
+    )
     keep: tuple[str, ...] = Field(
         default=(), description="GLOB=BITS for layers that need other bits."
     )
@@ -86,7 +113,41 @@ class QuantizeSettings(WriterSettings):
         return self
 
     @model_validator(mode="after")
+    def _options_belong_to_the_engine(self, info: ValidationInfo) -> Self:
+        if not (info.context or {}).get("complete", True):
+            return self
+        if self.engine == "nested":
+            if odd := self._changed(_TRAINING_ONLY):
+                raise UsageError(
+                    f"{_flag(odd[0])} is for training, which this engine does not do",
+                    remedy="give --engine branches as well, or leave it out",
+                )
+            return self
+        if self.switchable is None:
+            raise UsageError(
+                f"--engine branches makes files for several widths, not for {self.bits}",
+                remedy="give --bits any:2-8, or leave out --engine",
+            )
+        if odd := self._changed(_CALIBRATION_ONLY):
+            raise UsageError(
+                f"{_flag(odd[0])} is for calibration; --engine branches trains instead",
+                remedy="leave it out, or take --engine nested",
+            )
+        if self.train is None:
+            raise UsageError(
+                "--engine branches needs pictures to train on",
+                remedy="give --train DIR with one folder per class",
+            )
+        if {"prefix", "one-set"} <= set(self.ablate):
+            raise UsageError(
+                "with one-set there are no branches for prefix to choose", remedy="ablate only one"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_source_of_pictures(self, info: ValidationInfo) -> Self:
+        if self.engine == "branches":
+            return self
         given = [self.data_free, self.calib is not None, self.synthetic is not None].count(True)
         if given != 1 and (info.context or {}).get("complete", True):
             raise UsageError(
@@ -94,6 +155,11 @@ class QuantizeSettings(WriterSettings):
                 remedy="give exactly one of --data-free, --calib DIR and --synthetic DIR",
             )
         return self
+
+    def _changed(self, fields: Sequence[str]) -> list[str]:
+        """Those of some fields that do not have their default."""
+        defaults = type(self).model_fields
+        return [name for name in fields if getattr(self, name) != defaults[name].default]
 
     @property
     def bit_spec(self) -> BitSpec:
@@ -131,4 +197,9 @@ class QuantizeSettings(WriterSettings):
             return self.out
         name = re.split("[/:]", self.model.rstrip("/"))[-1].removesuffix(".safetensors")
         safe = re.sub(r"[^\w.-]+", "-", name)
-        return Path(f"{safe}-{self.bits.replace(':', '')}.safetensors")
+        bits = self.bits.replace(":", "").replace(",", "-")
+        return Path(f"{safe}-{bits}.safetensors")
+
+
+def _flag(field: str) -> str:
+    return f"--{field.replace('_', '-')}"

@@ -324,14 +324,11 @@ def test_pickle_is_not_opened(tmp_path):
     _refused(tmp_path / "a.pth", "not a safetensors file")
 
 
-def test_engine_of_a_later_version_is_named(tmp_path):
+def test_engine_and_what_it_needs_belong_together(tmp_path):
     header, tensors = _model()
-    later = header.model_copy(update={"engine": "branches"})
-    path = _store(tmp_path / "a", later, tensors)
-    assert checkpoint.read_header(path).engine == "branches"
-    _refused(path, "engine 'branches'")
-    with pytest.raises(CheckpointError, match="engine 'branches'"):
-        checkpoint.write(tmp_path / "b", later, tensors)
+    for engine in ("nested", "branches"):
+        path = _store(tmp_path / engine, header.model_copy(update={"engine": engine}), tensors)
+        _refused(path, f"the engine {engine}")
 
 
 def test_missing_file(tmp_path):

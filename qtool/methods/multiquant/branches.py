@@ -168,9 +168,7 @@ def branched(
         members = [tuple(Member(width, width) for width in rising)]
     else:
         selection = select(rising, amortized=amortized)
-        members = [
-            members_of(branch, selection) for branch in range(branch_count(rising))
-        ]
+        members = [members_of(branch, selection) for branch in range(branch_count(rising))]
     generator = torch.Generator().manual_seed(seed)
     bodies = [
         Body(
@@ -220,18 +218,28 @@ def part(model: nn.Module, names: Sequence[str]) -> nn.Sequential:
 
 @torch.no_grad()
 def observe(network: BranchedClassifier, images: Tensor) -> None:
-    """Choose the scales of activations of every branch and width from a batch of pictures."""
+    """Choose the scales of activations of every branch and width from a batch of pictures.
+
+    The statistics of that batch are also what the BatchNorms of the branches start from: those of
+    the float network belong to other sums.
+    """
     units = [unit for unit in network.modules() if isinstance(unit, SimulatedUnit)]
+    norms = [norm for unit in units for norm in unit.modules() if isinstance(norm, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
     training = network.training
     network.train()
     for unit in units:
         unit.observing = True
+    for norm in norms:
+        norm.momentum = 1.0
     try:
         for width in network.selection:
             network.at(images, width)
     finally:
         for unit in units:
             unit.observing = False
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
         network.train(training)
 
 

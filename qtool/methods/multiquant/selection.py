@@ -137,9 +137,7 @@ def _counts(layout: ResidualLayout) -> list[int]:
     return sorted({n for conv in layout.convolutions for n in (conv.inputs, conv.outputs)})
 
 
-def _channels(
-    layout: ResidualLayout, sizes: Mapping[int, float]
-) -> dict[str, tuple[float, float]]:
+def _channels(layout: ResidualLayout, sizes: Mapping[int, float]) -> dict[str, tuple[float, float]]:
     """Channels of every convolution with other numbers, the ends as they are."""
     first, last = layout.blocks[0], layout.blocks[-1]
     reads = {first.convolutions[0].name, *_shortcut(first.shortcut)}
