@@ -19,7 +19,7 @@ from qtool.models.data_config import DataConfig
 DATA: Final = DataConfig((3, 32, 32), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear", 1.0)
 """What the usual weights of these networks were trained with."""
 
-DEPTHS: Final = {"resnet20": 20, "resnet32": 32, "resnet44": 44, "resnet56": 56, "resnet110": 110}
+DEPTHS: Final = {f"resnet{depth}": depth for depth in (8, 20, 32, 44, 56, 110)}
 HEAD: Final = "linear"
 
 _STAGES = 3
