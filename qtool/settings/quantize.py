@@ -85,7 +85,7 @@ class QuantizeSettings(WriterSettings):
     epochs: int = Field(default=30, ge=1, description="Passes over the training pictures.")
     batch_size: int = Field(default=128, ge=2, le=65536, description="Pictures a training step.")
     learning_rate: float = Field(
-        default=0.05, gt=0, le=10, allow_inf_nan=False, description="Highest learning rate."
+        default=0.02, gt=0, le=10, allow_inf_nan=False, description="Highest learning rate."
     )
     ablate: tuple[Ablation, ...] = Field(
         default=(),

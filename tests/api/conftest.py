@@ -6,8 +6,10 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
@@ -120,3 +122,73 @@ def quantize(class_folders: Path) -> Callable[..., Result]:
         return quantize_api.quantize(settings, progress)
 
     return run
+
+
+BRANCHED = {"width": 8, "num_classes": 3}
+BRANCHED_DATA = vision.DataConfig((3, 16, 16), (0.5,) * 3, (0.25,) * 3, "bilinear", 1.0)
+
+
+@pytest.fixture
+def small_resnet(
+    tmp_path: Path, build_model: Callable[..., nn.Module], trained_norms: Callable[..., nn.Module]
+) -> str:
+    """Weights of a residual network of 7 convolutions and 3 classes, as if it had been trained."""
+    metadata = {
+        "architecture": "resnet8",
+        "model_args": json.dumps(BRANCHED),
+        "data": json.dumps(BRANCHED_DATA.to_dict()),
+    }
+    path = tmp_path / "resnet8.safetensors"
+    save_file(trained_norms(build_model("resnet8", **BRANCHED)).state_dict(), path, metadata)
+    return str(path)
+
+
+@pytest.fixture
+def colours(tmp_path: Path) -> Path:
+    """Twelve noisy pictures of 16 x 16 in each of three classes, told by their strongest colour."""
+    folder = tmp_path / "colours"
+    random = np.random.default_rng(0)
+    for label in range(3):
+        (folder / str(label)).mkdir(parents=True)
+        for index in range(12):
+            pixels = random.integers(0, 150, (16, 16, 3))
+            pixels[..., label] += 100
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / str(label) / f"{index:02d}.png")
+    return folder
+
+
+@pytest.fixture
+def train_branches(small_resnet: str, colours: Path) -> Callable[..., Result]:
+    """Train the small residual network in branches on the coloured pictures."""
+
+    def run(*, progress: object = None, **options: object) -> Result:
+        values = {
+            "model": small_resnet,
+            "bits": "any:2-8",
+            "engine": "branches",
+            "train": colours,
+            "epochs": 1,
+            "batch_size": 16,
+            "learning_rate": 0.02,
+            "device": "cpu",
+        }
+        return quantize_api.quantize(QuantizeSettings.build({**values, **options}), progress)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def kept_branches() -> dict[str, bytes]:
+    """Files that were trained once and serve several tests."""
+    return {}
+
+
+@pytest.fixture
+def branch_file(train_branches: Callable[..., Result], kept_branches: dict[str, bytes]) -> Path:
+    """A file of branches for 2 to 8 bits."""
+    path = Path("branches.safetensors")
+    if "any" not in kept_branches:
+        train_branches(out=path)
+        kept_branches["any"] = path.read_bytes()
+    path.write_bytes(kept_branches["any"])
+    return path
