@@ -131,13 +131,14 @@ class Offer:
         return spec
 
     def _fit_tied(self, name: str, spec: BitSpec) -> BitSpec:
-        equal = spec.activation in (spec.weight, parse_width(spec.weight).activation)
-        if not equal or spec.weight not in self.weight:
+        if spec.activation == parse_width(spec.weight).activation:
+            spec = BitSpec(spec.weight, spec.weight)
+        if spec.activation != spec.weight or spec.weight not in self.weight:
             raise UsageError(
                 f"{name} cannot run at {spec}",
                 remedy=f"it has {', '.join(f'w{bits}a{bits}' for bits in self.weight)}",
             )
-        return BitSpec(spec.weight, spec.weight)
+        return spec
 
 
 class SwitchableLayer:

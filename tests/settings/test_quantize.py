@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from qtool.errors import UsageError
 from qtool.quant.bits import BitSpec
 from qtool.settings.quantize import QuantizeSettings
 
@@ -42,3 +43,46 @@ def test_mixed_bits_name_the_file_and_the_mean():
 
 def test_output_can_be_named():
     assert quantize(out="here.safetensors").output == Path("here.safetensors")
+
+
+BRANCHES = {"model": "resnet20", "bits": "any:2-8", "engine": "branches", "train": "pictures"}
+
+
+def test_branches_need_no_calibration_pictures():
+    made = QuantizeSettings.build(BRANCHES)
+    assert made.switchable == tuple(range(2, 9))
+    assert made.epochs > 0
+    assert QuantizeSettings.build({**BRANCHES, "bits": "any:8,2,4"}).switchable == (2, 4, 8)
+
+
+def test_a_list_of_widths_names_the_file():
+    made = QuantizeSettings.build({**BRANCHES, "bits": "any:2,4,8"})
+    assert made.output == Path("resnet20-any2-4-8.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"bits": "w4a4"}, "not for w4a4"),
+        ({"bits": "mixed:4"}, "not for mixed:4"),
+        ({"train": None}, "needs pictures to train on"),
+        ({"data_free": True}, "--data-free is for calibration"),
+        ({"calib": "photos"}, "--calib is for calibration"),
+        ({"synthetic": "made"}, "--synthetic is for calibration"),
+        ({"recipe": "paper"}, "--recipe is for calibration"),
+        ({"effort": "max"}, "--effort is for calibration"),
+        ({"steps": 3}, "--steps is for calibration"),
+        ({"count": 3}, "--count is for calibration"),
+        ({"keep": ("a=8",)}, "--keep is for calibration"),
+        ({"skip": ("a",)}, "--skip is for calibration"),
+        ({"ablate": ("prefix", "one-set")}, "no branches for prefix"),
+        ({"ablate": ("everything",)}, "ablate"),
+        ({"engine": "nested", "train": None, "data_free": True, "epochs": 3}, "--epochs is for"),
+        ({"engine": "nested", "data_free": True}, "--train is for training"),
+        ({"epochs": 0}, "epochs must be greater"),
+        ({"learning_rate": 0}, "learning_rate must be greater"),
+    ],
+)
+def test_options_that_make_no_sense_with_an_engine_are_refused(values, words):
+    with pytest.raises(UsageError, match=words):
+        QuantizeSettings.build({**BRANCHES, **values})
