@@ -88,6 +88,8 @@ def test_models_complete(complete, words):
         ("quantize --device ", ["auto", "cpu", "cuda"]),
         ("models --backend ", ["auto", "reference", "cpu", "triton"]),
         ("quantize --effort ", ["quick", "standard", "max"]),
+        ("quantize --engine ", ["nested", "branches"]),
+        ("quantize --ablate ", ["prefix", "no-distillation", "one-set"]),
         ("synthesize images --method ", ["spdfq", "psaq", "noise"]),
         ("eval --color ", ["auto", "always", "never"]),
         ("quantize ./", []),

@@ -113,6 +113,7 @@ def register(app: typer.Typer, words: str) -> None:
             "qtool quantize demo_vit --bits w4a4 --data-free",
             "qtool quantize vit_b -b w4a8 --calib photos/ --keep 'head=8'",
             "qtool quantize deit_t --synthetic pictures/ --report report.html",
+            "qtool quantize resnet18 -b any:2-8 --engine branches --train classes/",
         ),
         details="The file holds packed integers, scales and the recipe; nothing else is needed to "
         "load it.",

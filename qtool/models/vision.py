@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,18 @@ DEMO_ARGUMENTS: dict[str, Any] = {
     "num_classes": 24,
 }
 DEMO_DATA = DataConfig((3, 64, 64), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0)
+_BUILDING = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What timm raises for arguments that do not suit a network."""
+
 _WEIGHT_NAMES = ("model.safetensors", "pytorch_model.bin")
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 
@@ -113,7 +125,7 @@ def build(
                 model = cifar.build(architecture, **model_args)
             else:
                 model = timm.create_model(architecture, pretrained=False, **model_args)
-    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+    except _BUILDING as error:
         raise UsageError(
             f"cannot build {architecture} with {dict(model_args)}: {_first_line(error)}",
             remedy="check the name and the arguments; `qtool models` lists what is known",
@@ -464,12 +476,13 @@ def _load(plan: _Plan, weights: Path) -> nn.Module:
 
 
 def _usual_data(architecture: str, model: nn.Module) -> DataConfig:
-    """What weights of an architecture expect, unless they say otherwise."""
-    if architecture == "demo_vit":
-        return DEMO_DATA
+    """What the architecture's own weights take, at the size that this network was built for."""
     if architecture in cifar.DEPTHS:
         return cifar.DATA
-    return DataConfig.from_dict(timm.data.resolve_model_data_config(model))
+    demo = architecture == "demo_vit"
+    usual = DEMO_DATA if demo else DataConfig.from_dict(timm.data.resolve_model_data_config(model))
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    return replace(usual, input_size=(usual.input_size[0], *size)) if size else usual
 
 
 def _first_line(error: BaseException) -> str:

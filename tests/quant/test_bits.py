@@ -51,6 +51,10 @@ def test_wrong_widths_are_refused(text, around):
         ("any", (4, 5, 6, 7, 8)),
         ("ANY:2-8", (2, 3, 4, 5, 6, 7, 8)),
         ("any:4-4", (4,)),
+        ("any:8,2,4,2", (2, 4, 8)),
+        ("Any:3", (3,)),
+        ("any:2,9", None),
+        ("any:2,", None),
         ("w4a4", None),
     ],
 )

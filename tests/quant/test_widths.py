@@ -147,6 +147,22 @@ def test_planes_that_are_missing_are_named():
     assert "2, 4 bits" in caught.value.remedy
 
 
+@pytest.mark.parametrize("asked", [BitSpec(4, 4), BitSpec(4, 8)])
+def test_tied_widths_are_one_number(asked):
+    offer = Offer((2, 4, 8), (2, 4, 8), tied=True)
+    assert offer.fit("body", asked) == BitSpec(4, 4)
+    assert offer.fit("body", BitSpec(8, 8)) == BitSpec(8, 8)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"), [(BitSpec(6, 8), "w6a6"), (BitSpec(4, 2), "w4a2"), (BitSpec(8, 4), "w8a4")]
+)
+def test_tied_widths_that_are_not_there_are_refused(asked, said):
+    with pytest.raises(UsageError, match=f"body cannot run at {said}") as caught:
+        Offer((2, 4, 8), (2, 4, 8), tied=True).fit("body", asked)
+    assert "w2a2, w4a4, w8a8" in caught.value.remedy
+
+
 def test_models_stay_what_they_were(model):
     assert isinstance(model, Pair)
     assert isinstance(model, Switchable)
