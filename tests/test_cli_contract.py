@@ -106,7 +106,7 @@ def test_a_wrong_flag_is_one_json_object(qtool, command):
         ("quantize demo_vit --bits any --engine branches", "--train DIR"),
         ("quantize demo_vit --bits any --engine branches --data-free", "--data-free"),
         ("quantize demo_vit --data-free --epochs 3", "--epochs"),
-        ("quantize resnet8 --weights nowhere --bits any --engine branches --train d", "nowhere"),
+        ("quantize resnet8 --bits any --engine branches --train nowhere", "nowhere"),
         ("synthesize moire -o d", "--simulate"),
         ("synthesize moire --moire nowhere --clean nowhere -o d", "nowhere"),
         ("train demoire nowhere --init none -o w", "nowhere"),

@@ -64,13 +64,14 @@ def source(settings: QuantizeSettings) -> str:
 
 
 def check(settings: QuantizeSettings) -> None:
-    """Check before any work that the source that was named is there.
+    """Check before any work that the source of pictures that was named is there.
 
     Raises:
         UsageError: It is not.
     """
-    if settings.calib is not None:
-        folders.find_images(settings.calib)
+    for folder in (settings.calib, settings.train):
+        if folder is not None:
+            folders.find_images(folder)
     if settings.synthetic is not None:
         _synthetic_file(settings.synthetic)
 

@@ -19,7 +19,7 @@ _SYNTHESIS = 1.6
 _RECONSTRUCTION = 1.9
 
 # The same for training quantized convolutions; measured with a ResNet-20 on a CPU.
-_TRAINING = 4.0
+_TRAINING = 2.7
 
 # Ranges, errors and checks of one calibration image, in forward passes.
 _PASSES = 32

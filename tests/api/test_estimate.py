@@ -34,6 +34,9 @@ def test_time_grows_with_the_work():
     assert whole.synthesis(count=32, patches=32, steps=0) == 0
     less = whole.reconstruction(count=32, steps=10)
     assert 0 < less < whole.reconstruction(count=32, steps=100)
+    assert whole.training(pictures=10, passes=17.5) == pytest.approx(
+        1.75 * whole.training(pictures=100, passes=1)
+    )
 
 
 def test_a_model_of_the_hub_is_not_known_before_it_is_fetched():

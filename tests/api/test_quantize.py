@@ -502,3 +502,9 @@ def test_a_long_synthesis_is_announced(quantize, demo, monkeypatch, caplog, effo
     caplog.clear()
     quantize(demo, data_free=True, out=OUT, effort=effort, overwrite=True)
     assert "--effort quick" not in caplog.text
+
+
+def test_networks_for_cifar_are_quantized_like_others(quantize, small_resnet):
+    result = quantize(small_resnet, bits="w4a4", out="r.safetensors")
+    assert result.summary["verify"]["max_abs_difference"] == 0.0
+    assert result.summary["architecture"] == "resnet8"

@@ -245,3 +245,11 @@ def test_kept_layers_are_pinned_and_ends_stay_in_half_precision(quantize, demo):
     assert tensors["patch_embed.proj.weight"].dtype == torch.float16
     with pytest.raises(UsageError, match="cannot be kept"):
         quantize(demo, bits="any:4-8", keep=("head=3",), out=Path("other.safetensors"))
+
+
+def test_widths_may_be_a_list(quantize, demo):
+    result = quantize(demo, bits="any:2,8", recipe="paper", out=FILE)
+    assert result.summary["widths"] == [2, 8]
+    assert load(FILE, bits=2).active_bits == "w2a8"
+    with pytest.raises(UsageError):
+        load(FILE, bits=4)

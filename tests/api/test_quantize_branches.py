@@ -10,6 +10,7 @@ from qtool.api import quantize_branches
 from qtool.api.load import load
 from qtool.errors import OutputExistsError, QtoolError, UsageError
 from qtool.io import checkpoint
+from qtool.models.vision import DataConfig
 from qtool.settings.quantize import QuantizeSettings
 
 FILE = Path("b.safetensors")
@@ -73,6 +74,23 @@ def test_a_dry_run_tells_what_would_be_done(small_resnet, colours):
     assert summary["pictures"] == {"train": 32, "held_out": 4}
     assert summary["estimated_seconds"] >= 0
     assert not Path(summary["output"]).exists()
+
+
+def test_networks_of_timm_train_on_parts_of_pictures(train_branches, save_weights, class_folders):
+    arguments = {"channels": [8, 8, 16, 16], "layers": [1, 1, 1, 1], "num_classes": 3}
+    data = DataConfig((3, 72, 72), (0.5,) * 3, (0.25,) * 3, "bicubic", 0.9)
+    model = save_weights("resnet18", arguments, data=data)
+    result = train_branches(model=model, out=FILE, bits="any:2-4", train=class_folders)
+    assert result.summary["verify"] == {"max_abs_difference": 0.0}
+    assert checkpoint.read_header(FILE).architecture == "resnet18"
+    assert load(FILE, bits=3).active_bits == "w3a3"
+
+
+def test_an_absent_folder_is_told_before_any_work(small_resnet):
+    values = {"model": small_resnet, "bits": "any", "engine": "branches", "train": "nowhere"}
+    for use in (quantize_api.plan, quantize_api.quantize):
+        with pytest.raises(UsageError, match="nowhere does not exist"):
+            use(QuantizeSettings.build(values))
 
 
 def test_networks_without_residual_blocks_are_refused(demo, colours):

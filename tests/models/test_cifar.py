@@ -63,5 +63,6 @@ def test_wrong_arguments_and_other_depths_are_refused():
 
 
 def test_real_weights_fit(shared_data):
-    opened = vision.open_model("resnet20", weights=shared_data / "weights/cifar10_resnet20.safetensors")
+    path = shared_data / "weights" / "cifar10_resnet20.safetensors"
+    opened = vision.open_model("resnet20", weights=path)
     assert opened.model_args == {"num_classes": 10}

@@ -75,7 +75,8 @@ def test_the_first_weight_scale_is_near_the_best_for_normal_weights(bits):
     scale = grid.initial_weight_scale(weight, bits=bits)
 
     def error(scale):
-        return float((grid.weight_levels(weight, scale, bits=bits) * scale - weight).square().mean())
+        levels = grid.weight_levels(weight, scale, bits=bits)
+        return float((levels * scale - weight).square().mean())
 
     assert error(scale) < min(error(scale * 0.8), error(scale * 1.25))
 

@@ -7,8 +7,10 @@ from qtool.quant.branch_grid import Member, UnitPlan
 from qtool.quant.branch_layers import IntegerUnit
 from qtool.quant.layers import Geometry
 
+MEMBERS = (Member(3, 2, narrow=True), Member(4, 2))
 
-def unit(bits=2, members=(Member(3, 2, narrow=True), Member(4, 2))):
+
+def unit(members=MEMBERS):
     return IntegerUnit(UnitPlan((6, 4, 3, 3), Geometry((1, 1), (1, 1)), (2, 3), members))
 
 

@@ -1,5 +1,7 @@
 """A body in several branches: selection, merging, switching, and the same bits as integers."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -69,7 +71,7 @@ def test_integers_give_the_same_bits_at_every_width(tiny_resnet, images, one_set
     outputs = [frozen.at(images, width) for width in ALL]
     for width, output in zip(ALL, outputs, strict=True):
         assert torch.equal(output, network.at(images, width))
-    assert all(not torch.equal(a, b) for a, b in zip(outputs, outputs[1:], strict=False))
+    assert all(not torch.equal(a, b) for a, b in pairwise(outputs))
     assert len(frozen.bodies) == (len(ALL) if one_set else 4)
 
 

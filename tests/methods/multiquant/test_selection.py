@@ -1,6 +1,7 @@
 """Which branches serve which width, and slices of half the cost."""
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 
@@ -86,7 +87,7 @@ def test_channels_of_neighbours_agree():
     body = layout("resnet18")
     channels = narrow_widths(body).channels
     for block in body.blocks:
-        for one, other in zip(block.convolutions, block.convolutions[1:], strict=False):
+        for one, other in pairwise(block.convolutions):
             assert channels[one.name][1] == channels[other.name][0]
         if block.shortcut is not None:
             ends = channels[block.shortcut.name]
