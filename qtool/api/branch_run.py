@@ -13,7 +13,7 @@ from qtool.api import branch_data
 from qtool.api.branch_data import Pictures
 from qtool.api.runtime import bfloat16_is_faster, notice
 from qtool.api.synthesize import read_tensor_file
-from qtool.errors import CheckpointError, Progress
+from qtool.errors import CheckpointError, ImageError, Progress
 from qtool.io import container
 from qtool.methods.multiquant.branch_training import (
     BranchTrainer,
@@ -46,6 +46,7 @@ class BranchRun:
 
     Raises:
         CheckpointError: The state on disk belongs to other settings.
+        ImageError: No picture can be read.
     """
 
     def __init__(
@@ -76,15 +77,17 @@ class BranchRun:
         if settings.resume and self.state_path.exists():
             self._take_up()
         else:
-            images, _ = next(
-                branch_data.training_batches(
-                    train,
-                    batch_size=min(_OBSERVED, settings.batch_size),
-                    epoch=0,
-                    seed=settings.seed,
-                )
+            first = branch_data.training_batches(
+                train,
+                batch_size=min(_OBSERVED, settings.batch_size),
+                epoch=0,
+                seed=settings.seed,
             )
-            observe(network, images.to(device))
+            for images, _ in first:
+                observe(network, images.to(device))
+                break
+            else:
+                raise ImageError("no picture could be read", remedy="check the files of the folder")
 
     def train(self, progress: Progress | None) -> None:
         """Train to the end, measuring after every epoch and saving now and then."""

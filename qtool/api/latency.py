@@ -14,6 +14,7 @@ from torch import Tensor
 from qtool.api import layer_report
 from qtool.api.runtime import bfloat16_is_faster
 from qtool.api.target import Target
+from qtool.engine import dispatch
 from qtool.quant.plan import LayerPlan
 from qtool.report import Table
 from qtool.settings.evaluate import EvaluateSettings
@@ -88,11 +89,17 @@ def _backend_words(target: Target, x: Tensor) -> str:
     """The backends that multiply in a checkpoint's layers, with the number of layers of each."""
     if target.header is None:
         return "torch"
-    plans = {
-        name: LayerPlan(layer.kind, layer.weight_bits or 0, layer.input_bits or 0)
-        for name, layer in target.header.layers.items()
-    }
-    used = list(layer_report.backends(target.model, plans, x).values())
+    if target.header.engine == "branches":
+        # A layer of the header runs once in every branch, under another name.
+        with dispatch.trace() as decisions, torch.no_grad():
+            target.model(x[:1])
+        used = [d.backend for d in decisions if d.op.split("::")[-1] == "conv2d"]
+    else:
+        plans = {
+            name: LayerPlan(layer.kind, layer.weight_bits or 0, layer.input_bits or 0)
+            for name, layer in target.header.layers.items()
+        }
+        used = list(layer_report.backends(target.model, plans, x).values())
     return ", ".join(f"{name} x{used.count(name)}" for name in dict.fromkeys(used))
 
 

@@ -15,7 +15,7 @@ from qtool.api.branch_run import BranchRun, float_accuracy
 from qtool.api.estimate import Estimate
 from qtool.api.load import restore
 from qtool.api.runtime import notice, write_report
-from qtool.errors import Progress, QtoolError
+from qtool.errors import ImageError, Progress, QtoolError
 from qtool.io import checkpoint
 from qtool.methods.multiquant.branch_training import rank
 from qtool.methods.multiquant.branches import BranchedClassifier, branched, freeze
@@ -182,8 +182,9 @@ def _wnids(model: torch.nn.Module) -> list[str]:
 
 
 def _sample(pictures: branch_data.Pictures, device: torch.device) -> Tensor:
-    images, _ = next(branch_data.measuring_batches(pictures, batch_size=_SAMPLE))
-    return images.to(device)
+    for images, _ in branch_data.measuring_batches(pictures, batch_size=_SAMPLE):
+        return images.to(device)
+    raise ImageError("no held-out picture could be read", remedy="check the files of the folder")
 
 
 @torch.no_grad()

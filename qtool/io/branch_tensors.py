@@ -28,6 +28,10 @@ from torch import Tensor
 from qtool.io.container import shown
 
 MAX_BRANCHES = 8
+SIZES = ("rows", "columns", "narrow_rows", "narrow_inputs", "macs", "narrow_macs")
+"""What the header tells of every convolution."""
+
+_LARGEST = 2**48
 
 _PLANE = re.compile(r"p([1-8])", re.ASCII)
 _BYTE = 8
@@ -153,9 +157,9 @@ def unit_problem(
 
 def sizes_problem(options: Mapping[str, object]) -> str:
     """Say what is wrong with the sizes that the header tells of a convolution, or nothing."""
-    for key in ("rows", "columns", "narrow_rows", "narrow_inputs"):
+    for key in SIZES:
         value = options.get(key)
-        if type(value) is not int or not 0 < value < 2**31:
+        if type(value) is not int or not 0 < value < _LARGEST:
             return f"{key} is {shown(str(value))}, not a size"
     return ""
 

@@ -328,7 +328,7 @@ def _branches_disagreement(
 ) -> str:
     for name, layer in header.layers.items():
         own = {leaf: tensors[f"{name}.{leaf}"] for leaf in children.get(name, set())}
-        problem = branch_tensors.sizes_problem(layer.options) or branch_tensors.unit_problem(
+        problem = branch_tensors.unit_problem(
             own,
             table,
             rows=branch_tensors.size_of(layer.options, "rows"),

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from qtool.io.branch_tensors import BranchTable
+from qtool.io.branch_tensors import BranchTable, sizes_problem
 
 
 def _plain_json(value: object) -> object:
@@ -121,6 +121,16 @@ class Header(BaseModel):
             raise ValueError("the engine nested, and no other, has nested widths")
         if (self.engine == "branches") != (self.branches is not None):
             raise ValueError("the engine branches, and no other, has branches")
+        return self
+
+    @model_validator(mode="after")
+    def _branches_have_layers_of_some_size(self) -> Self:
+        if self.branches is not None:
+            if not self.layers:
+                raise ValueError("there is no layer that branches could have")
+            for name, layer in self.layers.items():
+                if problem := sizes_problem(layer.options):
+                    raise ValueError(f"{name}: {problem}")
         return self
 
     def to_json(self) -> str:

@@ -1,6 +1,8 @@
 """Networks of branches in checkpoints: whole, cut off, damaged."""
 
+import copy
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -8,11 +10,13 @@ import torch
 
 from qtool.api import branch_model
 from qtool.api.load import load
+from qtool.api.switch_bits import switch_bits
 from qtool.engine import ops
-from qtool.errors import CheckpointError, UsageError
+from qtool.errors import CheckpointError, QtoolError, UsageError
 from qtool.io import checkpoint
-from qtool.io.container import read_table
+from qtool.io.container import change_metadata, read_table
 from qtool.quant.widths import bits as at_bits
+from qtool.settings.switch_bits import SwitchBitsSettings
 
 
 @pytest.fixture
@@ -135,3 +139,44 @@ def test_only_frozen_networks_are_stored(branch_file):
     model.bodies[0].units["layer1_0_conv1"] = torch.nn.Identity()
     with pytest.raises(TypeError, match="not frozen"):
         branch_model._unit_of(model, 0, "layer1.0.conv1")
+
+
+ODD = [None, True, -1, 0, 1, 7, 2**63, "", "w2a2", [], {}, [0, 0], [9, 1], {"a": 1}]
+
+
+def places(value, path=()):
+    """Every place in a JSON value."""
+    if path:
+        yield path
+    if isinstance(value, dict | list):
+        keys = value if isinstance(value, dict) else range(len(value))
+        for key in keys:
+            yield from places(value[key], (*path, key))
+
+
+def test_odd_headers_are_refused_or_work(branch_file):
+    random_numbers = random.Random(0)
+    config = json.loads(checkpoint.read_header(branch_file).to_json())
+    interesting = [p for p in places(config) if p[0] in ("branches", "layers", "bits", "engine")]
+    refused = []
+    for _ in range(60):
+        changed_config = copy.deepcopy(config)
+        *way, last = random_numbers.choice(interesting)
+        inner = changed_config
+        for key in way:
+            inner = inner[key]
+        inner[last] = random_numbers.choice(ODD)
+        odd = Path("odd.safetensors")
+        with odd.open("wb") as file:
+            change_metadata(branch_file, {"qtool.config": json.dumps(changed_config)}, copy=file)
+        for use in (load, listed):
+            try:
+                use(odd)
+            except QtoolError as error:
+                refused.append(error.message)
+    assert len(refused) > 60
+    assert not [message for message in refused if "\n" in message]
+
+
+def listed(path):
+    return switch_bits(SwitchBitsSettings.build({"target": path, "listing": True}))

@@ -141,3 +141,10 @@ def test_info_describes_it(branch_file):
     result = models.info(InfoSettings.build({"target": branch_file}))
     assert result.summary["engine"] == "branches"
     assert result.summary["layers_by_weight_bits"] == {"2": 6}
+
+
+def test_the_latency_names_the_backend_of_every_convolution(branch_file, colours):
+    result = evaluate(branch_file, colours, latency=True)
+    words = {row["backend"] for row in result.summary["latency"]}
+    # Six convolutions in each of four branches.
+    assert any(word.endswith(" x24") for word in words)

@@ -110,7 +110,7 @@ def test_widths_that_make_no_sense_are_refused(values):
 
 
 def test_sizes_in_the_header_are_checked():
-    sizes = {"rows": 3, "columns": 9, "narrow_rows": 2, "narrow_inputs": 1}
+    sizes = dict.fromkeys(branches.SIZES, 3)
     assert branches.sizes_problem(sizes) == ""
     assert branches.sizes_problem(sizes | {"rows": 0}) == "rows is '0', not a size"
     assert branches.sizes_problem(sizes | {"columns": True}) == "columns is 'True', not a size"
