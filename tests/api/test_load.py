@@ -251,6 +251,25 @@ def test_a_file_that_does_not_fit_is_refused_in_one_line(quantize, demo, change)
     assert caught.value.remedy
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"architecture": "deit_tiny_patch16_224"},
+        {"architecture": "esdnet"},
+        {"model_args": {"octaves": 2, "width": 16}},
+        {"model_args": {"octaves": 2, "width": 10**9}},
+        {"model_args": {"octaves": 2, "width": 8, "depth": 3}},
+        {"task": "classification"},
+    ],
+)
+def test_a_network_that_does_not_fit_its_header_is_refused(quantize_network, gates, change):
+    quantize_network(gates, out=Path("q.safetensors"))
+    rewritten("q.safetensors", lambda values, _: values.update(change))
+    with pytest.raises(CheckpointError, match="does not fit") as caught:
+        load("q.safetensors")
+    assert "\n" not in str(caught.value)
+
+
 def test_other_files_are_refused(tmp_path, demo):
     with pytest.raises(CheckpointError):
         load(tmp_path / "absent.safetensors")
