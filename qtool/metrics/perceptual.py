@@ -138,5 +138,5 @@ def _trunk_weights(*, offline: bool) -> dict[str, Tensor]:
 def _missing(reason: str) -> MissingError:
     return MissingError(
         f"the AlexNet weights (244 MB) that LPIPS looks with are missing: {reason}",
-        remedy=f"fetch them once: curl -L {WEIGHTS_URL} -o {_cached()}",
+        remedy=f"fetch them once: curl --create-dirs -L {WEIGHTS_URL} -o {_cached()}",
     )
