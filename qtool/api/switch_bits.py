@@ -11,7 +11,7 @@ from qtool.api.file_widths import bit_operations, chosen, layers_in, needed_byte
 from qtool.errors import CheckpointError, Progress, UsageError
 from qtool.io import checkpoint, folders, nested_tensors
 from qtool.io.atomic import write_file
-from qtool.methods.multiquant.budget import Option, allot
+from qtool.quant.allocation import Option, allot
 from qtool.quant.bits import BitSpec, parse_width
 from qtool.quant.widths import Choice, SwitchableLayer
 from qtool.report import Result, Table
