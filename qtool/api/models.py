@@ -94,7 +94,7 @@ def info(settings: InfoSettings, progress: Progress | None = None) -> Result:
         ("architecture", f"{header.architecture} ({header.task})"),
         ("bits", f"{header.active_bits} (engine {header.engine})"),
         ("layers", ", ".join(f"{n} at {b} bits" for b, n in sorted(widths.items()))),
-        *((key, value) for key, value in header.provenance.items()),
+        *((key, value) for key, value in header.provenance.items() if not isinstance(value, dict)),
     ]
     layers = [
         (

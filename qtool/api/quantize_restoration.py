@@ -314,6 +314,7 @@ def _header(
     *,
     source: Path,
 ) -> checkpoint.Header:
+    bundled = settings.weights == "pretrained" and source.name == network.spec.bundled
     return checkpoint.Header(
         architecture=network.spec.name,
         model_args=dict(network.arguments),
@@ -332,9 +333,9 @@ def _header(
             "seed": settings.seed,
             "count": len(made.pixels),
             "source": settings.model,
-            "weights_source": str(source),
+            "weights_source": f"bundled {source.name}" if bundled else str(source),
             "weights_sha256": network.sha256,
-            "licence": str(network.provenance.get("licence", "")),
+            "weights_provenance": dict(network.provenance),
         },
         task="restoration",
     )

@@ -60,7 +60,7 @@ def test_a_network_is_quantized_on_simulated_moire(quantize_network, gates):
         {"octaves": 2, "width": 8},
     )
     assert header.provenance["weights_sha256"] == sha256_file(gates)
-    assert header.provenance["licence"] == "of the test"
+    assert header.provenance["weights_provenance"] == {"licence": "of the test"}
     assert {item["layer"] for item in result.items} == set(header.layers)
     assert {item["backend"] for item in result.items} == {"cpu"}
     assert result.to_json()
