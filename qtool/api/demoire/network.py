@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -22,6 +23,9 @@ from qtool.settings.demoire import DemoireSettings
 
 _SHARE_OF_FREE = 0.6
 _SHARE_OF_CUDA = 0.8
+_INTEGER_MEMORY = 1.25
+"""Memory of integer layers, which hold codes beside values, relative to float ones."""
+
 _PICTURE_BYTES = 48
 """What one pixel takes outside the network: decoded, changed, encoded, for three photographs."""
 
@@ -126,7 +130,9 @@ def make_restorer(network: DemoireNetwork, device: torch.device) -> Restorer:
         network=module,
         result=network.spec.result,
         multiple=network.size_multiple,
-        bytes_per_pixel=network.spec.bytes_per_pixel,
+        bytes_per_pixel=math.ceil(
+            network.spec.bytes_per_pixel * (_INTEGER_MEMORY if network.bits else 1)
+        ),
         device=device,
         bfloat16=bfloat16,
         batch_size=4 if device.type == "cuda" else 1,

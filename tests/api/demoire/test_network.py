@@ -58,6 +58,7 @@ def test_a_quantized_network_is_what_its_file_says(quantize_network, gates, tmp_
     opened = networks.open_network(DemoireSettings(out="x", weights=path, model="bandgate"))
     restorer = networks.make_restorer(opened, torch.device("cpu"))
     assert (restorer.multiple, restorer.result, restorer.bfloat16) == (4, 0, False)
+    assert restorer.bytes_per_pixel > opened.spec.bytes_per_pixel
     with pytest.raises(CheckpointError, match="weights of bandgate, not of mbcnn"):
         networks.open_network(DemoireSettings(out="x", weights=path, model="mbcnn"))
     whole = path.read_bytes()
