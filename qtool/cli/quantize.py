@@ -10,6 +10,7 @@ import typer
 from qtool.cli.options import OUTPUT, add_command, argument, complete_bits, complete_models, option
 from qtool.cli.session import session
 from qtool.settings.base import Effort
+from qtool.settings.demoire import Network
 from qtool.settings.quantize import Ablation, Budget, Engine, QuantizeSettings, Recipe
 
 _PICTURES = "Calibration pictures (choose one source)"
@@ -20,11 +21,17 @@ def _complete_ablations(incomplete: str) -> list[str]:
     return [name for name in get_args(Ablation) if name.startswith(incomplete)]
 
 
+def _complete(incomplete: str) -> list[str]:
+    """Short names of classifiers, then those of demoire networks."""
+    networks = [name for name in get_args(Network) if name.startswith(incomplete)]
+    return [*complete_models(incomplete), *networks]
+
+
 def quantize(
     ctx: typer.Context,
     model: Annotated[
         str | None,
-        argument(QuantizeSettings, "model", metavar="MODEL", complete=complete_models),
+        argument(QuantizeSettings, "model", metavar="MODEL", complete=_complete),
     ] = None,
     bits: Annotated[
         str | None,
@@ -114,7 +121,9 @@ def register(app: typer.Typer, words: str) -> None:
             "qtool quantize vit_b -b w4a8 --calib photos/ --keep 'head=8'",
             "qtool quantize deit_t --synthetic pictures/ --report report.html",
             "qtool quantize resnet18 -b any:2-8 --engine branches --train classes/",
+            "qtool quantize bandgate -b w8a8 --data-free",
         ),
         details="The file holds packed integers, scales and the recipe; nothing else is needed to "
-        "load it.",
+        "load it. Of a demoire network it goes to `qtool demoire --weights FILE`; --data-free then "
+        "calibrates on simulated moire.",
     )

@@ -92,6 +92,7 @@ class Header(BaseModel):
         provenance: Version, method, recipe, seed, SHA-256 of the source weights, paper.
         nested: What only the engine `nested` has.
         branches: What only the engine `branches` has.
+        task: What the model answers with: classes, or the picture as it should have been.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -107,6 +108,7 @@ class Header(BaseModel):
     provenance: JsonObject
     nested: NestedWidths | None = None
     branches: BranchTable | None = None
+    task: Literal["classification", "restoration"] = "classification"
 
     @model_validator(mode="after")
     def _active_bits_are_there(self) -> Self:
@@ -124,6 +126,12 @@ class Header(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _restoration_has_one_width(self) -> Self:
+        if self.task == "restoration" and self.engine != "fixed":
+            raise ValueError("networks that restore run on the engine fixed")
+        return self
+
+    @model_validator(mode="after")
     def _branches_have_layers_of_some_size(self) -> Self:
         if self.branches is not None:
             if not self.layers:
@@ -134,6 +142,8 @@ class Header(BaseModel):
         return self
 
     def to_json(self) -> str:
-        """The header in JSON, without what the engine does not have."""
+        """The header in JSON, without what goes without saying."""
         absent = {name for name in ("nested", "branches") if getattr(self, name) is None}
+        if self.task == "classification":
+            absent.add("task")
         return json.dumps(self.model_dump(exclude=absent), separators=(",", ":"))
