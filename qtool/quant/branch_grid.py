@@ -10,7 +10,6 @@ the grid without a zero.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -189,8 +188,3 @@ def dithered(weight: Tensor, scale: Tensor, *, generator: torch.Generator) -> Te
     signs = torch.randint(0, 2, weight.shape, generator=generator).to(weight) * 2 - 1
     step = 2 * scale.view(-1, *[1] * (weight.ndim - 1))
     return weight + signs * step / 8
-
-
-def rows_of(members: Sequence[Member], plan: UnitPlan) -> list[int]:
-    """Rows of scales that each member has."""
-    return [plan.channels(member)[1] for member in members]
