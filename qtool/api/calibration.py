@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qtool.api.estimate import Estimate
 from qtool.api.runtime import notice, read_picture
 from qtool.api.synthesize import (
+    STEPS,
     TENSORS,
     ResumableSynthesis,
     read_tensor_file,
     synthesis_config,
+    typical_patches,
     write_tensors,
 )
 from qtool.errors import CheckpointError, Progress, QtoolError, UsageError
@@ -26,6 +29,9 @@ from qtool.settings.quantize import QuantizeSettings
 
 HELD_OUT = 64
 """Most images kept aside to judge by."""
+
+LONG_MINUTES = 30
+"""A synthesis that will take longer than this is announced."""
 
 
 @dataclass
@@ -107,13 +113,34 @@ def gather(
         resume=settings.resume,
     )
     kept = work.kept_images
-    found = _read_kept(work, kept) or _synthesize(work, kept, progress)
+    found = _read_kept(work, kept)
+    if found is None:
+        _announce(settings)
+        found = _synthesize(work, kept, progress)
     if found.summary["image_agreement"] < 0.5:
         notice.warning(
             "only %.0f %% of the images are seen as what they should show; try --effort standard",
             100 * found.summary["image_agreement"],
         )
     return found
+
+
+def _announce(settings: QuantizeSettings) -> None:
+    """Say before a long synthesis how long it will take, and what would be quicker."""
+    estimate = Estimate(settings.model, weights=settings.weights, device=settings.device)
+
+    def minutes(effort: str) -> float:
+        patches = typical_patches("spdfq", effort, settings.count)
+        seconds = estimate.synthesis(count=settings.count, patches=patches, steps=STEPS[effort])
+        return seconds / 60
+
+    if settings.effort != "quick" and minutes(settings.effort) > LONG_MINUTES:
+        notice.warning(
+            "making the images will take about %.0f minutes on this machine; --effort quick takes "
+            "about %.0f",
+            minutes(settings.effort),
+            minutes("quick"),
+        )
 
 
 def _synthesize(work: ResumableSynthesis, kept: Path, progress: Progress | None) -> Calibration:

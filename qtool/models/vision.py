@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +153,7 @@ def outline(name: str, *, weights: str | Path) -> tuple[nn.Module, tuple[int, in
     plan = _plan(name, _named_weights(weights))
     network = build(plan.architecture, plan.model_args, device="meta")
     demo = plan.architecture == "demo_vit"
-    data = plan.data or (DEMO_DATA if demo else _data_config(network))
+    data = plan.data or _data_config(network, demo=demo)
     return network, data.input_size
 
 
@@ -193,7 +193,7 @@ def open_model(
     demo = plan.architecture == "demo_vit"
     if not demo:
         plan.model_args.setdefault("num_classes", classes)
-    data = plan.data or (DEMO_DATA if demo else _data_config(model))
+    data = plan.data or _data_config(model, demo=demo)
     return OpenedModel(
         model=model,
         name=name,
@@ -452,8 +452,11 @@ def _load(plan: _Plan, weights: Path) -> nn.Module:
         ) from error
 
 
-def _data_config(model: nn.Module) -> DataConfig:
-    return DataConfig.from_dict(timm.data.resolve_model_data_config(model))
+def _data_config(model: nn.Module, *, demo: bool) -> DataConfig:
+    """What the architecture's own weights take, at the size that this network was built for."""
+    usual = DEMO_DATA if demo else DataConfig.from_dict(timm.data.resolve_model_data_config(model))
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    return replace(usual, input_size=(usual.input_size[0], *size)) if size else usual
 
 
 def _first_line(error: BaseException) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qtool.api import calibration
 from qtool.api import quantize as api
 from qtool.api import synthesize as synthesize_api
 from qtool.api.load import load
@@ -490,3 +491,14 @@ def test_an_unknown_model_is_refused(quantize):
     with pytest.raises(UsageError, match="no model called 'demo_vti'") as caught:
         quantize("demo_vti", out=OUT)
     assert "demo_vit" in caught.value.remedy
+
+
+@pytest.mark.parametrize("effort", ["quick", "standard"])
+def test_a_long_synthesis_is_announced(quantize, demo, monkeypatch, caplog, effort):
+    monkeypatch.setitem(synthesize_api.STEPS, "standard", 2)
+    monkeypatch.setattr(calibration, "LONG_MINUTES", 0)
+    quantize(demo, data_free=True, out=OUT, effort=effort)
+    assert ("--effort quick takes" in caplog.text) == (effort == "standard")
+    caplog.clear()
+    quantize(demo, data_free=True, out=OUT, effort=effort, overwrite=True)
+    assert "--effort quick" not in caplog.text

@@ -5,7 +5,8 @@
 
 Every image set is made by `qtool synthesize images` and every cell by `qtool quantize` and `qtool
 eval`, called as functions; each leaves one JSON file in the work folder, and a second run takes it
-from there. Accuracy is the drop in top-1 points from the float model on the same pictures.
+from there. With `--results FILE` what was found is kept in one file, and what stands there already
+is not measured again. Accuracy is the drop in top-1 points from the float model, same pictures.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, action="append", required=True)
     parser.add_argument("--count", type=int, default=32, help="calibration images")
     parser.add_argument("--effort", default="quick", help="of the synthesis")
+    parser.add_argument("--results", type=Path, help="file to read and keep results in")
     parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
     return parser.parse_args()
 
@@ -112,7 +114,7 @@ def synthesize(options: argparse.Namespace, method: str, seed: int) -> dict[str,
         resume=True,
         overwrite=True,
     )
-    return qtool.synthesize_images(settings).summary
+    return dict(qtool.synthesize_images(settings).summary)
 
 
 def quantize(options: argparse.Namespace, cell: Cell) -> dict[str, Any]:
@@ -135,7 +137,7 @@ def quantize(options: argparse.Namespace, cell: Cell) -> dict[str, Any]:
     summary = qtool.quantize(settings).summary
     found = accuracy(options, str(out))
     out.unlink()
-    return {"quantize": summary, **found}
+    return {"quantize": dict(summary), **found}
 
 
 def run(options: argparse.Namespace, kind: str, cell: Cell | None) -> dict[str, Any]:
@@ -149,9 +151,9 @@ def run(options: argparse.Namespace, kind: str, cell: Cell | None) -> dict[str, 
     return kept(options.work / f"{cell.name}.json", quantize, options, cell)
 
 
-def measure(options: argparse.Namespace, cells: list[Cell]) -> dict[Cell | None, dict[str, Any]]:
-    """Run all jobs, each quantization as soon as its images are there."""
-    found: dict[Cell | None, dict[str, Any]] = {}
+def measure(options: argparse.Namespace, cells: list[Cell]) -> dict[str, dict[str, Any]]:
+    """Run all jobs, each quantization as soon as its images are there; results by name."""
+    found: dict[str, dict[str, Any]] = {}
     first: dict[str, Cell] = {}
     for cell in cells:
         if cell.synthetic:
@@ -178,22 +180,23 @@ def measure(options: argparse.Namespace, cells: list[Cell]) -> dict[Cell | None,
                         if cell.synthetic == done.synthetic:
                             start("quantize", cell)
                 else:
-                    found[done] = result
+                    found[done.name if done else "float"] = result
     return found
 
 
-def print_table(options: argparse.Namespace, found: dict[Cell | None, dict[str, Any]]) -> None:
+def print_table(options: argparse.Namespace, found: dict[str, dict[str, Any]]) -> None:
     """Drops in Markdown, one row per images, recipe and bits."""
-    plain = found.pop(None)["top1"]
+    plain = found["float"]["top1"]
     print(f"float: {plain}")
     print("| images | recipe | bits | mean drop | per seed | drop per picture set |")
     print("| --- | --- | --- | --- | --- | --- |")
-    rows: dict[tuple[str, str, str], list[dict[str, float]]] = {}
-    for cell, result in sorted(found.items(), key=lambda pair: pair[0].seed if pair[0] else 0):
-        if cell is not None:
-            drops = {name: plain[name] - top1 for name, top1 in result["top1"].items()}
-            rows.setdefault((cell.bits, cell.recipe, cell.images.split("=")[0]), []).append(drops)
-    for (bits, recipe, images), seeds in sorted(rows.items()):
+    rows: dict[str, list[dict[str, float]]] = {}
+    for name in sorted(found.keys() - {"float"}):
+        row, _, _ = name.rpartition("-s")
+        top1 = found[name]["top1"]
+        rows.setdefault(row, []).append({key: plain[key] - top1[key] for key in plain})
+    for row, seeds in rows.items():
+        images, recipe, bits = row.rsplit("-", 2)
         means = [statistics.mean(drops.values()) for drops in seeds]
         sets = " / ".join(f"{statistics.mean(d[p.name] for d in seeds):.1f}" for p in options.data)
         each = ", ".join(f"{mean:.1f}" for mean in means)
@@ -204,14 +207,25 @@ def main() -> None:
     """Measure what is missing, then print the table."""
     options = read_options()
     options.work.mkdir(parents=True, exist_ok=True)
+    results = options.results
+    known = json.loads(results.read_text()) if results and results.exists() else {}
     cells = [
-        Cell(images, recipe, bits, seed)
+        cell
         for recipe in options.recipe
         for bits in options.bits
         for seed in options.seed
         for images in options.images
+        if (cell := Cell(images, recipe, bits, seed)).name not in known
     ]
-    print_table(options, measure(options, cells))
+    found = known | (measure(options, cells) if cells or "float" not in known else {})
+    if results:
+        kept_fields = ("top1", "cpu_seconds")
+        rows = {
+            name: {key: found[name][key] for key in kept_fields if key in found[name]}
+            for name in sorted(found)
+        }
+        results.write_text(json.dumps(rows, indent=1) + "\n")
+    print_table(options, found)
 
 
 if __name__ == "__main__":

@@ -343,3 +343,16 @@ def test_imagenet_wnids():
     wnids = vision.imagenet_wnids()
     assert len(set(wnids)) == 1000
     assert wnids[:2] == ["n01440764", "n01443537"]
+
+
+@pytest.mark.parametrize("name", ["demo_vit,img_size=32", "deit_tiny_patch16_224,img_size=96"])
+def test_pictures_have_the_size_the_network_was_built_for(name, tmp_path):
+    architecture, _, size = name.partition(",img_size=")
+    path = tmp_path / "weights.safetensors"
+    save_file(vision.build(architecture, {"img_size": int(size)}).state_dict(), path)
+    opened = vision.open_model(name, weights=path)
+    assert opened.data.input_size == (3, int(size), int(size))
+    assert opened.model(torch.zeros(1, *opened.data.input_size)).shape[0] == 1
+    network, expected = vision.outline(name, weights=path)
+    assert expected == opened.data.input_size
+    assert all(parameter.is_meta for parameter in network.parameters())
