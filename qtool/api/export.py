@@ -13,9 +13,15 @@ from torch import Tensor, nn
 
 from qtool import __version__
 from qtool.api import onnx_check
+from qtool.api.load import restore
+from qtool.api.nested_model import choose_bits
+from qtool.api.runtime import prepare
+from qtool.demo import pictures
 from qtool.io import checkpoint, folders, onnx
 from qtool.io.atomic import write_file
+from qtool.models import vision
 from qtool.quant.onnx_layers import Traced
+from qtool.settings.base import CommonSettings
 
 PICTURES = 2
 """How many pictures an exported model is checked on."""
@@ -96,6 +102,45 @@ def export(
         "weights": weights,
     }
     return {**summary, "verify": checked} if checked else summary
+
+
+def export_file(
+    settings: CommonSettings,
+    source: Path,
+    path: Path,
+    *,
+    header: checkpoint.Header | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write a checkpoint as ONNX; like `export`, checked on drawn pictures.
+
+    Args:
+        settings: Device, threads and backend to check with.
+        source: The checkpoint.
+        path: The ONNX file.
+        header: The checkpoint's header, with other widths; None takes its own.
+        overwrite: Whether an existing file may be replaced.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged.
+        QtoolError: The file computes something else, or cannot be written; nothing is left.
+    """
+    device = prepare(settings)
+    own, tensors = checkpoint.read(source)
+    header = header or own
+    model = restore(header, tensors, origin=str(source))
+    if header.engine == "nested":
+        choose_bits(model, header, None, path=str(source))
+    images = _drawn(vision.DataConfig.from_dict(header.data)).to(device)
+    return export(model.to(device), header, path, images=images, overwrite=overwrite)
+
+
+def _drawn(data: vision.DataConfig) -> Tensor:
+    """Pictures for a model that came without any, (N, 3, H, W), normalised."""
+    _, height, width = data.input_size
+    images, _ = pictures.held_out(PICTURES, max(height, width))
+    mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (data.mean, data.std))
+    return (images[..., :height, :width] - mean) / std
 
 
 def _trace(model: nn.Module, images: Tensor) -> tuple[torch.onnx.ONNXProgram, list[str]]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qtool import __version__
-from qtool.api import calibration, layer_report, precision, quantize_any
+from qtool.api import calibration, export, layer_report, precision, quantize_any
 from qtool.api.attention_sheet import attention_png
 from qtool.api.estimate import Estimate
 from qtool.api.load import restore
@@ -52,10 +52,32 @@ def _outputs(settings: QuantizeSettings) -> bool:
     )
 
 
+def _exports(settings: QuantizeSettings) -> str | None:
+    """The ONNX file to write, if one is to be written and can be."""
+    wanted = export.check_output(
+        settings.onnx, overwrite=settings.overwrite, skip_existing=settings.skip_existing
+    )
+    return str(settings.onnx) if wanted else None
+
+
+def _skipped(settings: QuantizeSettings, exports: str | None) -> Result:
+    """What there is to do when the checkpoint may stay: its ONNX model at most."""
+    summary: dict[str, Any] = {"output": str(settings.output), "status": "skipped"}
+    if exports is None:
+        return Result("quantize", summary=summary)
+    summary["onnx"] = export.export_file(settings, settings.output, Path(exports))
+    return Result(
+        "quantize",
+        summary=summary,
+        tables=(Table("Exported", ("what", "value"), export.facts(summary)),),
+    )
+
+
 def plan(settings: QuantizeSettings) -> Result:
     """What `quantize` would do; loads no weights."""
+    exports = _exports(settings)
     if not _outputs(settings):
-        skipped = {"output": str(settings.output), "skipped": True}
+        skipped = {"output": str(settings.output), "skipped": True, "onnx": exports}
         return Result("quantize", status="planned", summary=skipped)
     calibration.check(settings)
     architecture = vision.resolve(settings.model, weights=settings.weights)
@@ -69,6 +91,7 @@ def plan(settings: QuantizeSettings) -> Result:
         "synthesis_steps": STEPS[settings.effort] if settings.data_free else 0,
         "reconstruction_steps": settings.steps or RECONSTRUCTION_STEPS[settings.effort],
         "output": str(settings.output),
+        "onnx": exports,
         "skipped": False,
     }
     spec = registry.find(architecture)
@@ -103,8 +126,9 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
     Raises:
         QtoolError: One of its kinds, for wrong settings, missing weights or refused output.
     """
+    exports = _exports(settings)
     if not _outputs(settings):
-        return Result("quantize", summary={"output": str(settings.output), "status": "skipped"})
+        return _skipped(settings, exports)
     calibration.check(settings)
     started = time.monotonic()
     device = prepare(settings)
@@ -118,6 +142,7 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
             steps=settings.steps or RECONSTRUCTION_STEPS[settings.effort],
             drop=DROP[settings.recipe],
             batch_size=_BATCH,
+            exports=exports,
             progress=progress,
         )
     layout = vision.layout(opened.model)
@@ -159,9 +184,10 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
         if settings.verify:
             verified.update(_verify(path, settings.output, sample, simulated))
 
+    header = _header(settings, opened, plans, made)
     checkpoint.write(
         settings.output,
-        _header(settings, opened, plans, made),
+        header,
         model.state_dict(),
         overwrite=settings.overwrite,
         check=verify,
@@ -187,6 +213,15 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
     }
     if verified:
         summary["verify"] = verified
+    if exports is not None:
+        summary["onnx"] = export.export(
+            model,
+            header,
+            Path(exports),
+            images=sample,
+            overwrite=settings.overwrite,
+            verify=settings.verify,
+        )
     summary["calibration_agreement"] = _agreement(opened.model, model, sample)
     if made.held_out is not None and len(made.held_out):
         summary["held_out"] = len(made.held_out)
@@ -351,6 +386,7 @@ def _tables(
     if "verify" in summary:
         worst = summary["verify"]["max_abs_difference"]
         facts.append(("reloaded file differs by at most", f"{worst:.2g}"))
+    facts += export.facts(summary)
     return (
         Table("Quantized", ("what", "value"), facts),
         Table(

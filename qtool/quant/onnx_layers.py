@@ -127,7 +127,7 @@ class OnnxWeight(nn.Module):
         super().__init__()
         self.axis = axis
         zero_point, dtype = zero_point.int(), torch.uint8
-        if int(levels.abs().max()) < _LARGEST_PAIRED:
+        if int(levels.abs().max()) <= _LARGEST_PAIRED:
             zero_point, dtype = torch.zeros_like(zero_point), torch.int8
         codes = levels.int() + zero_point.view(-1, *[1] * (levels.dim() - 1))
         self.register_buffer("codes", (codes.T if axis else codes).to(dtype).contiguous())
@@ -285,7 +285,8 @@ class Taps:
     def record(self, name: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         """Take down one product; a forward hook."""
         self.names.append(name)
-        self.values += [*inputs, output]
+        # Copies, because an activation that works in place may overwrite what it was given.
+        self.values += [value.clone() for value in (*inputs, output)]
 
 
 class Traced(nn.Module):

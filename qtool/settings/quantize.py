@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
 from qtool.errors import UsageError
 from qtool.quant.bits import BitSpec, parse_average, parse_range, parse_rule
-from qtool.settings.base import Effort, ReportPath, WriterSettings
+from qtool.settings.base import Effort, OnnxPath, ReportPath, WriterSettings
 
 Budget = Literal["size", "macs"]
 Recipe = Literal["paper", "strong"]
@@ -76,6 +76,10 @@ class QuantizeSettings(WriterSettings):
     )
     out: Path | None = Field(
         default=None, description="File to write; otherwise ./MODEL-BITS.safetensors."
+    )
+    onnx: OnnxPath = Field(
+        default=None,
+        description="ONNX model to write as well, a name in .onnx; needs the extra onnx.",
     )
     report: ReportPath = Field(default=None, description="Report to write: .json, .md or .html.")
     verify: bool = Field(default=True, description="Load the file again and compare its outputs.")
