@@ -93,15 +93,21 @@ def split_icc(profile: bytes) -> list[Segment]:
 
 
 def png_chunks(content: bytes) -> tuple[Segment, ...]:
-    """Chunks of a PNG file that say something about the picture, in order."""
+    """Chunks of a PNG file that say something about the picture, in order.
+
+    Damaged ones are left out, and so is what only its own decoder could understand: a critical
+    chunk that is put where it does not belong makes a file unreadable.
+    """
     found = []
     position = len(_PNG_SIGNATURE)
     while position + 12 <= len(content):
         length = int.from_bytes(content[position : position + 4], "big")
         kind = content[position + 4 : position + 8]
         data = content[position + 8 : position + 8 + length]
+        checksum = content[position + 8 + length : position + 12 + length]
         position += 12 + length
-        if kind not in _PNG_PIXELS and len(data) == length:
+        whole = zlib.crc32(kind + data).to_bytes(4, "big") == checksum
+        if whole and kind not in _PNG_PIXELS and kind.isalpha() and kind[:1].islower():
             found.append(Segment(kind, data))
     return tuple(found)
 

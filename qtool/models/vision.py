@@ -46,6 +46,18 @@ DEMO_ARGUMENTS: dict[str, Any] = {
     "num_classes": 24,
 }
 DEMO_DATA = DataConfig((3, 64, 64), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0)
+_BUILDING = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What timm raises for arguments that do not suit a network."""
+
 _WEIGHT_NAMES = ("model.safetensors", "pytorch_model.bin")
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 
@@ -111,7 +123,7 @@ def build(
                 model: nn.Module = kind(**{**DEMO_ARGUMENTS, **model_args})
             else:
                 model = timm.create_model(architecture, pretrained=False, **model_args)
-    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+    except _BUILDING as error:
         raise UsageError(
             f"cannot build {architecture} with {dict(model_args)}: {_first_line(error)}",
             remedy="check the name and the arguments; `qtool models` lists what is known",

@@ -1,7 +1,9 @@
 """Parts of JPEG and PNG files travel byte for byte."""
 
 import io
+import zlib
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -34,6 +36,18 @@ def test_png_chunks_come_back_as_they_were(photo_files):
     both = segments.with_png_chunks(plain, own)
     assert segments.png_chunks(both) == own
     Image.open(io.BytesIO(both)).verify()
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [(b"IENB", 0), (b"prVt", 1), (b"9rVt", 0), (b"pr\x00t", 0)],
+    ids=["critical", "wrong checksum", "no letter", "zero byte"],
+)
+def test_png_chunks_that_would_spoil_a_file_stay_behind(photo_files, kind, change):
+    plain = photo_files.saved(photo_files.scene(), "PNG")
+    checksum = (zlib.crc32(kind + b"data") ^ change).to_bytes(4, "big")
+    odd = b"\x00\x00\x00\x04" + kind + b"data" + checksum
+    assert segments.png_chunks(plain[:33] + odd + plain[33:]) == segments.png_chunks(plain)
 
 
 def test_profiles_are_cut_into_numbered_pieces():

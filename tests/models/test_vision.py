@@ -356,3 +356,12 @@ def test_pictures_have_the_size_the_network_was_built_for(name, tmp_path):
     network, expected = vision.outline(name, weights=path)
     assert expected == opened.data.input_size
     assert all(parameter.is_meta for parameter in network.parameters())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"num_heads": 0}, {"embed_dim": "x"}, {"depth": -1.5}, {"patch_size": 0}, {"a": 1}],
+)
+def test_arguments_that_do_not_suit_a_network_are_refused(arguments):
+    with pytest.raises(UsageError, match="cannot build demo_vit"):
+        vision.build("demo_vit", arguments, device="meta")
