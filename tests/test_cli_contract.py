@@ -102,6 +102,10 @@ def test_a_wrong_flag_is_one_json_object(qtool, command):
         ("quantize demo_vit --synthetic nowhere", "nowhere"),
         ("eval demo_vit --data nowhere", "nowhere"),
         ("quantize demo_vit", "--data-free"),
+        ("quantize bandgate", "--data-free"),
+        ("quantize bandgate --data-free --bits any:2-8", "any:2-8"),
+        ("quantize bandgate --data-free --bits mixed:4", "mixed:4"),
+        ("quantize bandgate --synthetic pictures", "--synthetic"),
         ("synthesize moire -o d", "--simulate"),
         ("synthesize moire --moire nowhere --clean nowhere -o d", "nowhere"),
         ("train demoire nowhere --init none -o w", "nowhere"),
@@ -164,7 +168,12 @@ def test_existing_output_exits_2_naming_both_ways_on(qtool, tmp_path):
 
 @pytest.mark.parametrize(
     "line",
-    ["quantize vit_b --data-free", "synthesize images vit_b -o d", "eval vit_b --data pictures"],
+    [
+        "quantize vit_b --data-free",
+        "quantize esdnet --data-free",
+        "synthesize images vit_b -o d",
+        "eval vit_b --data pictures",
+    ],
 )
 def test_absent_weights_exit_4_with_size_and_licence(qtool, pictures, line):
     ran = qtool(*line.split(), "--device", "cpu")

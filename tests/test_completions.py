@@ -11,6 +11,7 @@ import typer.core
 
 from qtool.cli.app import main
 from qtool.cli.program import program
+from qtool.models.demoire import NETWORKS
 from qtool.models.registry import MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,7 +75,8 @@ def test_commands_complete(complete):
 
 @pytest.mark.parametrize("words", ["quantize", "synthesize images", "eval", "eval --baseline"])
 def test_models_complete(complete, words):
-    assert complete(f"{words} ") == [spec.alias for spec in MODELS]
+    networks = [spec.name for spec in NETWORKS] if words == "quantize" else []
+    assert complete(f"{words} ") == [*(spec.alias for spec in MODELS), *networks]
     assert complete(f"{words} vit_b") == [
         spec.alias for spec in MODELS if spec.alias.startswith("vit_b")
     ]
@@ -85,6 +87,7 @@ def test_models_complete(complete, words):
     [
         ("quantize --bits w3", ["w3a3", "w3a2", "w3a4", "w3a5", "w3a6", "w3a7", "w3a8"]),
         ("quantize -b w8a8", ["w8a8"]),
+        ("quantize esd", ["esdnet_s", "esdnet", "esdnet_l"]),
         ("quantize --device ", ["auto", "cpu", "cuda"]),
         ("models --backend ", ["auto", "reference", "cpu", "triton"]),
         ("quantize --effort ", ["quick", "standard", "max"]),

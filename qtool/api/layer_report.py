@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from qtool.engine import dispatch
+from qtool.methods.spdfq.reconstruction import UnitRecord
 from qtool.quant.layers import QuantLinear
 from qtool.quant.plan import LayerPlan
+from qtool.report import Chart, Table
 
 _IMAGES = 8
 _PRODUCTS = {"attention": "matmul", "linear": "linear", "conv": "conv2d"}
@@ -110,7 +112,7 @@ def measure(
         reference: The float model.
         plans: Its planned layers.
         images: (B, 3, H, W); up to eight are used.
-        losses: What each layer's rounding alone is estimated to cost.
+        losses: What each layer's rounding alone is estimated to cost, where that is known.
 
     Returns:
         One record per layer: bits, backend, relative squared error of weights and output, its SQNR
@@ -141,7 +143,49 @@ def measure(
                 "weight_error": weight_error,
                 "output_error": error,
                 "output_sqnr_db": round(sqnr(error), 2),
-                "estimated_cost": losses[name],
+                "estimated_cost": losses.get(name),
             }
         )
     return records
+
+
+def layers_table(layers: Sequence[Mapping[str, Any]]) -> Table:
+    """The records of `measure` for people."""
+    return Table(
+        "Layers",
+        ("layer", "bits", "backend", "weight error", "output error", "SQNR (dB)", "cost"),
+        [
+            (
+                layer["layer"],
+                layer["bits"],
+                layer["backend"],
+                shown(layer["weight_error"]),
+                shown(layer["output_error"]),
+                layer["output_sqnr_db"],
+                layer["estimated_cost"],
+            )
+            for layer in layers
+        ],
+    )
+
+
+def blocks_table(units: Sequence[UnitRecord]) -> Table:
+    """What reconstruction did to every block, for people."""
+    return Table(
+        "Reconstruction (squared error relative to the block's output)",
+        ("block", "before", "after"),
+        [(unit.name, shown(unit.before), shown(unit.after)) for unit in units],
+    )
+
+
+def chart(units: Sequence[UnitRecord]) -> Chart:
+    """Error of every block, in forward order, before and after its training."""
+    return Chart(
+        "Squared error relative to the block's output, block by block",
+        steps=[str(number) for number in range(1, len(units) + 1)],
+        lines={
+            "before training": [100 * unit.before for unit in units],
+            "after": [100 * unit.after for unit in units],
+        },
+        unit="%",
+    )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qtool.api.nested_model import choose_bits, install
 from qtool.errors import CheckpointError, UsageError
 from qtool.io import checkpoint
-from qtool.models import vision
+from qtool.models import demoire, demoire_weights, vision
 from qtool.quant.attention import ATTENTION_CLASSES
 from qtool.quant.convolution import without_norm
 from qtool.quant.layers import Geometry, IntegerProducts, QuantConv2d, QuantLinear
@@ -31,9 +31,9 @@ def load(
             mapping of globs over layer names to widths. None takes the active ones of the file.
 
     Returns:
-        The model in evaluation mode, (B, 3, H, W) to (B, classes); its attribute `qtool_config`
-        is the checkpoint's header. A switchable one can be switched: `model.set_bits(4)`,
-        `with qtool.bits(4):`, `model(x, bits=4)`.
+        The model in evaluation mode, (B, 3, H, W) to (B, classes), or to a tuple of pictures if it
+        restores; its attribute `qtool_config` is the checkpoint's header. A switchable one can be
+        switched: `model.set_bits(4)`, `with qtool.bits(4):`, `model(x, bits=4)`.
 
     Raises:
         CheckpointError: The file is absent, damaged, foreign, hostile or of a newer format.
@@ -71,11 +71,12 @@ def restore(header: checkpoint.Header, tensors: dict[str, Tensor], *, origin: st
     """
     tensors = _as_computed(header, tensors)
     try:
-        model = vision.build(header.architecture, header.model_args, device="meta")
+        model = _built(header, device="meta")
         if header.engine == "nested":
             tensors = install(model, header, tensors)
         else:
-            kinds = {site.name: site.kind for site in vision.layout(model).attentions}
+            sites = () if header.task == "restoration" else vision.layout(model).attentions
+            kinds = {site.name: site.kind for site in sites}
             for name, layer in header.layers.items():
                 replace_module(model, name, _module(model, name, layer, tensors, kinds))
                 if norm := str(layer.options.get("norm") or ""):
@@ -89,6 +90,20 @@ def restore(header: checkpoint.Header, tensors: dict[str, Tensor], *, origin: st
             remedy="quantize the model again; the file was changed or written by another version",
         ) from error
     return model.requires_grad_(False).eval()
+
+
+def _built(header: checkpoint.Header, *, device: str) -> nn.Module:
+    """The float architecture of a header, with random weights.
+
+    Raises:
+        UsageError: There is no such architecture, or it does not take these arguments.
+    """
+    if header.task == "classification":
+        return vision.build(header.architecture, header.model_args, device=device)
+    if not demoire_weights.are_harmless(header.model_args):
+        raise UsageError(f"no network has the arguments {header.model_args}")
+    with torch.device(device):
+        return demoire.build(header.architecture, header.model_args)
 
 
 def _as_computed(header: checkpoint.Header, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -146,7 +161,7 @@ def _fill_derived_buffers(model: nn.Module, header: checkpoint.Header) -> None:
     """Recompute what no checkpoint stores: index tables and masks that follow from the shape."""
     if not any(buffer.is_meta for buffer in model.buffers()):
         return
-    donor = dict(vision.build(header.architecture, header.model_args).named_buffers())
+    donor = dict(_built(header, device="cpu").named_buffers())
     for name, buffer in list(model.named_buffers()):
         if buffer.is_meta:
             owner, _, leaf = name.rpartition(".")

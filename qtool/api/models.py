@@ -81,6 +81,7 @@ def info(settings: InfoSettings, progress: Progress | None = None) -> Result:
         "path": str(settings.target),
         "bytes": settings.target.stat().st_size,
         "architecture": header.architecture,
+        "task": header.task,
         "engine": header.engine,
         "bits": header.bits,
         "active_bits": header.active_bits,
@@ -90,10 +91,10 @@ def info(settings: InfoSettings, progress: Progress | None = None) -> Result:
     }
     facts = [
         ("file", f"{settings.target} ({summary['bytes'] / 1e6:.2f} MB)"),
-        ("architecture", header.architecture),
+        ("architecture", f"{header.architecture} ({header.task})"),
         ("bits", f"{header.active_bits} (engine {header.engine})"),
         ("layers", ", ".join(f"{n} at {b} bits" for b, n in sorted(widths.items()))),
-        *((key, value) for key, value in header.provenance.items()),
+        *((key, value) for key, value in header.provenance.items() if not isinstance(value, dict)),
     ]
     layers = [
         (

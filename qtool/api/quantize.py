@@ -1,4 +1,4 @@
-"""`qtool quantize`: a float classifier to one file of low-bit integers."""
+"""`qtool quantize`: a float network to one file of low-bit integers."""
 
 from __future__ import annotations
 
@@ -12,13 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from qtool import __version__
-from qtool.api import calibration, export, layer_report, precision, quantize_any
+from qtool.api import (
+    calibration,
+    export,
+    layer_report,
+    precision,
+    quantize_any,
+    quantize_restoration,
+)
 from qtool.api.attention_sheet import attention_png
 from qtool.api.estimate import Estimate
 from qtool.api.load import restore
+from qtool.api.quantized_header import compressed_tensors, layer_bits
 from qtool.api.runtime import bfloat16_is_faster, check_report, prepare, write_report
 from qtool.api.synthesize import STEPS, denormalised, sheet_png, typical_patches
-from qtool.errors import Progress, QtoolError
+from qtool.errors import Progress, QtoolError, UsageError
 from qtool.io import checkpoint, folders
 from qtool.methods.spdfq.reconstruction import (
     ReconstructionConfig,
@@ -30,7 +38,7 @@ from qtool.methods.spdfq.reconstruction import (
 from qtool.models import registry, vision
 from qtool.quant.convolution import fold_norms
 from qtool.quant.plan import LayerPlan, weight_parameters
-from qtool.report import Chart, Picture, Result, Table
+from qtool.report import Picture, Result, Table
 from qtool.settings.quantize import QuantizeSettings
 
 PAPER = "SPDFQ, arXiv 2412.16553"
@@ -54,6 +62,10 @@ def _outputs(settings: QuantizeSettings) -> bool:
 
 def _exports(settings: QuantizeSettings) -> str | None:
     """The ONNX file to write, if one is to be written and can be."""
+    if settings.onnx is not None and quantize_restoration.is_restoration(settings):
+        raise UsageError(
+            "only classifiers are exported to ONNX", remedy="leave out --onnx for this network"
+        )
     wanted = export.check_output(
         settings.onnx, overwrite=settings.overwrite, skip_existing=settings.skip_existing
     )
@@ -73,12 +85,19 @@ def _skipped(settings: QuantizeSettings, exports: str | None) -> Result:
     )
 
 
+def _steps(settings: QuantizeSettings) -> int:
+    """Training steps per block."""
+    return settings.steps or RECONSTRUCTION_STEPS[settings.effort]
+
+
 def plan(settings: QuantizeSettings) -> Result:
     """What `quantize` would do; loads no weights."""
     exports = _exports(settings)
     if not _outputs(settings):
         skipped = {"output": str(settings.output), "skipped": True, "onnx": exports}
         return Result("quantize", status="planned", summary=skipped)
+    if quantize_restoration.is_restoration(settings):
+        return quantize_restoration.plan(settings, steps=_steps(settings))
     calibration.check(settings)
     architecture = vision.resolve(settings.model, weights=settings.weights)
     summary: dict[str, Any] = {
@@ -89,7 +108,7 @@ def plan(settings: QuantizeSettings) -> Result:
         "calibration": calibration.source(settings),
         "count": settings.count,
         "synthesis_steps": STEPS[settings.effort] if settings.data_free else 0,
-        "reconstruction_steps": settings.steps or RECONSTRUCTION_STEPS[settings.effort],
+        "reconstruction_steps": _steps(settings),
         "output": str(settings.output),
         "onnx": exports,
         "skipped": False,
@@ -114,7 +133,7 @@ def plan(settings: QuantizeSettings) -> Result:
 
 
 def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Result:
-    """Quantize a classifier to low-bit integers and write one checkpoint.
+    """Quantize a classifier or a demoire network to integers and write one checkpoint.
 
     Args:
         settings: What to do.
@@ -129,6 +148,10 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
     exports = _exports(settings)
     if not _outputs(settings):
         return _skipped(settings, exports)
+    if quantize_restoration.is_restoration(settings):
+        return quantize_restoration.quantize(
+            settings, steps=_steps(settings), drop=DROP[settings.recipe], progress=progress
+        )
     calibration.check(settings)
     started = time.monotonic()
     device = prepare(settings)
@@ -139,7 +162,7 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
         return quantize_any.quantize(
             settings,
             opened,
-            steps=settings.steps or RECONSTRUCTION_STEPS[settings.effort],
+            steps=_steps(settings),
             drop=DROP[settings.recipe],
             batch_size=_BATCH,
             exports=exports,
@@ -163,7 +186,7 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
         pixels,
         layout.units,
         config=ReconstructionConfig(
-            steps=settings.steps or RECONSTRUCTION_STEPS[settings.effort],
+            steps=_steps(settings),
             seed=settings.seed,
             bfloat16=bfloat16_is_faster(device),
             drop=DROP[settings.recipe],
@@ -237,7 +260,7 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
             Picture("Calibration images", sheet_png(denormalised(pixels.cpu(), opened.data))),
             *([Picture(_ATTENTION_TITLE, attention)] if attention else []),
         ),
-        charts=(_chart(units),),
+        charts=(layer_report.chart(units),),
     )
     write_report(settings.report, result)
     if made.work is not None:
@@ -261,15 +284,6 @@ def _header(
     plans: Mapping[str, LayerPlan],
     made: calibration.Calibration,
 ) -> checkpoint.Header:
-    layers = {
-        name: checkpoint.LayerBits(
-            kind=plan.kind,
-            weight_bits=plan.weight_bits or None,
-            input_bits=plan.input_bits,
-            options=plan.options(),
-        )
-        for name, plan in plans.items()
-    }
     return checkpoint.Header(
         architecture=opened.architecture,
         model_args=opened.model_args,
@@ -277,8 +291,8 @@ def _header(
         engine="fixed",
         bits=[settings.bits],
         active_bits=settings.bits,
-        layers=layers,
-        quantization_config=_compressed_tensors(plans, settings),
+        layers=layer_bits(plans),
+        quantization_config=compressed_tensors(plans, skip=settings.skip),
         provenance={
             "qtool": __version__,
             "method": made.method,
@@ -292,36 +306,6 @@ def _header(
             "weights_sha256": opened.weights_sha256,
         },
     )
-
-
-def _compressed_tensors(
-    plans: Mapping[str, LayerPlan], settings: QuantizeSettings
-) -> dict[str, Any]:
-    """The bits in the words of the compressed-tensors format."""
-    groups: dict[tuple[int, int], list[str]] = {}
-    for name, plan in plans.items():
-        if plan.kind != "attention":
-            groups.setdefault((plan.weight_bits, plan.input_bits), []).append(name)
-    common = {"type": "int", "symmetric": False}
-    return {
-        "quant_method": "qtool",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "ignore": list(settings.skip),
-        "config_groups": {
-            f"group_{index}": {
-                "targets": targets,
-                "weights": {**common, "num_bits": bits[0], "strategy": "channel"},
-                "input_activations": {
-                    **common,
-                    "num_bits": bits[1],
-                    "strategy": "tensor",
-                    "dynamic": False,
-                },
-            }
-            for index, (bits, targets) in enumerate(groups.items())
-        },
-    }
 
 
 def _verify(path: Path, output: Path, sample: Tensor, expected: Tensor) -> dict[str, float]:
@@ -352,19 +336,6 @@ def _verify(path: Path, output: Path, sample: Tensor, expected: Tensor) -> dict[
     return {"max_abs_difference": difference, "same_choice": same}
 
 
-def _chart(units: list[UnitRecord]) -> Chart:
-    """Error of every block, in forward order, before and after its training."""
-    return Chart(
-        "Squared error relative to the block's output, block by block",
-        steps=[str(number) for number in range(1, len(units) + 1)],
-        lines={
-            "before training": [100 * unit.before for unit in units],
-            "after": [100 * unit.after for unit in units],
-        },
-        unit="%",
-    )
-
-
 def _tables(
     summary: Mapping[str, Any], layers: list[dict[str, Any]], units: list[UnitRecord]
 ) -> tuple[Table, ...]:
@@ -389,25 +360,6 @@ def _tables(
     facts += export.facts(summary)
     return (
         Table("Quantized", ("what", "value"), facts),
-        Table(
-            "Layers",
-            ("layer", "bits", "backend", "weight error", "output error", "SQNR (dB)", "cost"),
-            [
-                (
-                    layer["layer"],
-                    layer["bits"],
-                    layer["backend"],
-                    layer_report.shown(layer["weight_error"]),
-                    layer_report.shown(layer["output_error"]),
-                    layer["output_sqnr_db"],
-                    layer["estimated_cost"],
-                )
-                for layer in layers
-            ],
-        ),
-        Table(
-            "Reconstruction (squared error relative to the block's output)",
-            ("block", "before", "after"),
-            [(u.name, layer_report.shown(u.before), layer_report.shown(u.after)) for u in units],
-        ),
+        layer_report.layers_table(layers),
+        layer_report.blocks_table(units),
     )

@@ -17,14 +17,14 @@ from torch import Tensor
 from qtool.api.runtime import check_report, prepare, write_report
 from qtool.errors import ImageError, Progress, UsageError
 from qtool.io import folders, images
-from qtool.metrics import fidelity
+from qtool.metrics import fidelity, perceptual
 from qtool.report import Result, Status, Table
 from qtool.settings.evaluate import EvaluateSettings
 
 HARM = "do_no_harm"
 """PSNR of results against what they were made from; low where a clean picture was damaged."""
 
-_LOWER_IS_BETTER = ("moire_luma", "moire_chroma")
+_LOWER_IS_BETTER = ("moire_luma", "moire_chroma", perceptual.NAME)
 _ROLE = re.compile(
     r"^(?:src|tar|res|source|target|input)_|_(?:moire|gt|target|source|clean|input)$"
 )
@@ -35,6 +35,7 @@ _TITLES = {
     "psnr_aligned": "PSNR dB, colour aligned",
     "moire_luma": "moire in luma",
     "moire_chroma": "moire in colour",
+    perceptual.NAME: "LPIPS",
     HARM: "PSNR dB to the source",
 }
 
@@ -87,6 +88,9 @@ def evaluate(
     _check(settings)
     trios, unmatched = _matched(settings, reference)
     device = prepare(settings)
+    lpips = None
+    if perceptual.NAME in _metrics(settings):
+        lpips = perceptual.Lpips(device, offline=settings.offline)
     items: list[dict[str, Any]] = [
         {"path": str(path), "status": "failed", "error": "has no picture to be compared with"}
         for path in unmatched
@@ -94,7 +98,7 @@ def evaluate(
     measured: list[dict[str, Any]] = []
     for index, trio in enumerate(trios):
         try:
-            measured.append(_measured(trio, settings, device))
+            measured.append(_measured(trio, settings, device, lpips))
             items.append(measured[-1])
         except (ImageError, ValueError) as error:
             items.append({"path": str(trio.result), "status": "failed", "error": str(error)})
@@ -126,7 +130,7 @@ def evaluate(
 
 
 def _check(settings: EvaluateSettings) -> None:
-    known = (*fidelity.METRICS, HARM)
+    known = (*fidelity.METRICS, perceptual.NAME, HARM)
     for metric, _ in settings.gates:
         if metric not in known:
             near = difflib.get_close_matches(metric, known) or list(known)
@@ -134,13 +138,20 @@ def _check(settings: EvaluateSettings) -> None:
                 f"there is no metric {metric!r} here", remedy=f"choose {' or '.join(near)}"
             )
     check_report(settings.report)
+    if perceptual.NAME in _metrics(settings):
+        perceptual.require_package()
 
 
 def _metrics(settings: EvaluateSettings) -> list[str]:
-    """What to measure, in one order; everything there is a folder for when nothing is named."""
-    wanted = set(settings.metric) | {name for name, _ in settings.gates if settings.metric}
-    known = [*fidelity.METRICS, *([HARM] if settings.baseline is not None else [])]
-    return [name for name in known if not settings.metric or name in wanted]
+    """What to measure, in one order; everything there is a folder for when nothing is named.
+
+    LPIPS is measured only when it is named, because its weights are a download.
+    """
+    gated = {name for name, _ in settings.gates}
+    wanted = {*settings.metric, *gated} if settings.metric else {*fidelity.METRICS, HARM, *gated}
+    if settings.baseline is None:
+        wanted -= {HARM}
+    return [name for name in (*fidelity.METRICS, perceptual.NAME, HARM) if name in wanted]
 
 
 def _matched(settings: EvaluateSettings, reference: Path) -> tuple[list[_Trio], list[Path]]:
@@ -194,18 +205,28 @@ def _keys(path: Path, folder: Path) -> list[str]:
     return [inside.as_posix(), inside.with_name(_ROLE.sub("", inside.name) or "_").as_posix()]
 
 
-def _measured(trio: _Trio, settings: EvaluateSettings, device: torch.device) -> dict[str, Any]:
+def _measured(
+    trio: _Trio,
+    settings: EvaluateSettings,
+    device: torch.device,
+    lpips: perceptual.Lpips | None,
+) -> dict[str, Any]:
     target = _tensor(trio.target, device)
     output = _tensor(trio.result, device)
     metrics = _metrics(settings)
-    own = [name for name in metrics if name != HARM]
-    values: dict[str, Any] = dict(
-        fidelity.measure(output, target, protocol=settings.protocol, metrics=own)
-    )
+    own = [name for name in metrics if name in fidelity.METRICS]
+
+    def measured(picture: Tensor) -> dict[str, float]:
+        values = fidelity.measure(picture, target, protocol=settings.protocol, metrics=own)
+        if lpips is not None:
+            way = fidelity.PROTOCOLS[settings.protocol]
+            values[perceptual.NAME] = lpips(way.prepare(picture), way.prepare(target))
+        return values
+
+    values: dict[str, Any] = dict(measured(output))
     if trio.source is not None:
         source = _tensor(trio.source, device)
-        before = fidelity.measure(source, target, protocol=settings.protocol, metrics=own)
-        values |= {f"before_{name}": value for name, value in before.items()}
+        values |= {f"before_{name}": value for name, value in measured(source).items()}
         if HARM in metrics:
             values[HARM] = fidelity.psnr(output, source)
     rounded = {name: round(value, 4) for name, value in values.items()}

@@ -74,11 +74,27 @@ def _is_foreign_weights(path: Path) -> bool:
         return False
 
 
+def require_classifier(header: checkpoint.Header, name: str) -> None:
+    """Refuse a checkpoint of a network that answers with pictures.
+
+    Raises:
+        UsageError: It is one.
+    """
+    if header.task == "restoration":
+        raise UsageError(
+            f"{name} holds a network that restores pictures ({header.architecture} "
+            f"{header.active_bits}), not a classifier",
+            remedy=f"run it with `qtool demoire --weights {name}`, and measure what comes out with "
+            "`qtool eval RESULTS --reference TARGETS`",
+        )
+
+
 def open_target(
     name: str, *, weights: str, offline: bool, device: torch.device, bits: str | None = None
 ) -> Target:
     """Open a checkpoint, a switchable one at `bits` if given, or a float model."""
     if is_checkpoint(name):
+        require_classifier(checkpoint.read_header(Path(name)), name)
         model = load(name, device=device, bits=bits)
         header: checkpoint.Header = model.qtool_config  # type: ignore[assignment]
         demo = header.architecture == "demo_vit"
@@ -128,6 +144,8 @@ def check_names(settings: EvaluateSettings) -> str:
     """
     is_ours = is_checkpoint(settings.target)
     header = checkpoint.read_header(Path(settings.target)) if is_ours else None
+    if header is not None:
+        require_classifier(header, settings.target)
     architecture = (
         vision.resolve(settings.target, weights=settings.weights)
         if header is None

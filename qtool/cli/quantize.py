@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
 from qtool.cli.options import OUTPUT, add_command, argument, complete_bits, complete_models, option
 from qtool.cli.session import session
 from qtool.settings.base import Effort
+from qtool.settings.demoire import Network
 from qtool.settings.quantize import Budget, QuantizeSettings, Recipe
 
 _PICTURES = "Calibration pictures (choose one source)"
+
+
+def _complete(incomplete: str) -> list[str]:
+    """Short names of classifiers, then those of demoire networks."""
+    networks = [name for name in get_args(Network) if name.startswith(incomplete)]
+    return [*complete_models(incomplete), *networks]
 
 
 def quantize(
     ctx: typer.Context,
     model: Annotated[
         str | None,
-        argument(QuantizeSettings, "model", metavar="MODEL", complete=complete_models),
+        argument(QuantizeSettings, "model", metavar="MODEL", complete=_complete),
     ] = None,
     bits: Annotated[
         str | None,
@@ -88,7 +95,9 @@ def register(app: typer.Typer, words: str) -> None:
             "qtool quantize demo_vit --bits w4a4 --data-free",
             "qtool quantize vit_b -b w4a8 --calib photos/ --keep 'head=8'",
             "qtool quantize deit_t --synthetic pictures/ --report report.html",
+            "qtool quantize bandgate -b w8a8 --data-free",
         ),
         details="The file holds packed integers, scales and the recipe; nothing else is needed to "
-        "load it.",
+        "load it. Of a demoire network it goes to `qtool demoire --weights FILE`; --data-free then "
+        "calibrates on simulated moire.",
     )

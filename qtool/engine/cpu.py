@@ -236,7 +236,7 @@ def conv2d(
     if weight.dtype == torch.uint8:
         weight = prepare_weight(weight, weight_bits, depth * math.prod(kernel))
     levels = weight.float() - (weight_zero - 2 ** (weight_bits - 1)).unsqueeze(1)
-    codes = x.float() - x_zero.reshape(())
+    codes = x.float().sub_(x_zero.reshape(()))
     step = _exact_depth(codes, levels, depth)
     if step == 0:
         codes, levels, step = codes.double(), levels.double(), depth
@@ -270,7 +270,8 @@ def _exact_depth(codes: Tensor, levels: Tensor, depth: int) -> int:
     """
     if not codes.numel() or not levels.numel():
         return depth
-    reach = float(codes.abs().amax())
+    low, high = codes.aminmax()
+    reach = max(-float(low), float(high))
     if float(levels.abs().sum(dim=1).amax()) * reach <= EXACT_SUM:
         return depth
     area = levels.shape[1] // depth

@@ -147,6 +147,7 @@ class Header(BaseModel):
         quantization_config: The same in compressed-tensors' words, `quant_method` "qtool".
         provenance: Version, method, recipe, seed, SHA-256 of the source weights, paper.
         nested: What only the engine `nested` has.
+        task: What the model answers with: classes, or the picture as it should have been.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -161,6 +162,7 @@ class Header(BaseModel):
     quantization_config: JsonObject
     provenance: JsonObject
     nested: NestedWidths | None = None
+    task: Literal["classification", "restoration"] = "classification"
 
     @model_validator(mode="after")
     def _active_bits_are_there(self) -> Self:
@@ -175,9 +177,17 @@ class Header(BaseModel):
             raise ValueError("the engine nested, and no other, has nested widths")
         return self
 
+    @model_validator(mode="after")
+    def _restoration_has_one_width(self) -> Self:
+        if self.task == "restoration" and self.engine != "fixed":
+            raise ValueError("networks that restore run on the engine fixed")
+        return self
+
     def to_json(self) -> str:
-        """The header in JSON, without what the engine does not have."""
-        absent = {"nested"} if self.nested is None else None
+        """The header in JSON, without what goes without saying."""
+        absent = {"nested"} if self.nested is None else set()
+        if self.task == "classification":
+            absent.add("task")
         return json.dumps(self.model_dump(exclude=absent), separators=(",", ":"))
 
 

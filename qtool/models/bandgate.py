@@ -66,6 +66,11 @@ class BandGate(nn.Module):
         """What height and width must be multiples of: one halving per octave."""
         return 1 << self.octaves
 
+    def blocks(self) -> list[str]:
+        """Modules of one input and one output that hold all layers, in the order they run in."""
+        octaves = reversed(range(self.octaves))
+        return [f"{part}.{octave}" for octave in octaves for part in ("looks", "gates")]
+
     def forward(self, x: Tensor) -> tuple[Tensor]:
         """Turn bands down; see the class for shapes."""
         opponent = torch.einsum("ij,bjhw->bihw", self.to_opponent, x)

@@ -30,6 +30,8 @@ class DemoireSpec:
         scales: For each output, in order, by how much it is smaller than the input.
         parameters: Number of parameters in millions.
         bytes_per_pixel: Memory that a pixel of input takes at the peak, float32 on the CPU.
+        sees: Globs of the layers that look at the picture itself.
+        writes: Globs of the layers whose output becomes the picture, or gates it.
         paper: Where it was published.
         bundled: File name below `assets/`, or "" when the user brings the weights.
     """
@@ -42,6 +44,8 @@ class DemoireSpec:
     scales: tuple[int, ...]
     parameters: float
     bytes_per_pixel: int
+    sees: tuple[str, ...]
+    writes: tuple[str, ...]
     paper: str
     bundled: str = ""
 
@@ -63,7 +67,9 @@ NETWORKS: tuple[DemoireSpec, ...] = (
         residual=True,
         scales=(1,),
         parameters=0.119,
-        bytes_per_pixel=500,
+        bytes_per_pixel=600,
+        sees=("looks.*.first",),
+        writes=("gates.*",),
         paper="qtool",
         bundled=BUNDLED,
     ),
@@ -85,6 +91,8 @@ NETWORKS: tuple[DemoireSpec, ...] = (
         scales=_FINE_FIRST,
         parameters=1.44,
         bytes_per_pixel=220,
+        sees=("encoder.conv_first.*",),
+        writes=("decoder.decoder_?.conv.*",),
         paper=f"{_ESDNET} (building blocks)",
     ),
     DemoireSpec(
@@ -95,6 +103,8 @@ NETWORKS: tuple[DemoireSpec, ...] = (
         scales=_FINE_FIRST,
         parameters=5.93,
         bytes_per_pixel=1200,
+        sees=("encoder.conv_first.*",),
+        writes=("decoder.decoder_?.conv.*",),
         paper=_ESDNET,
     ),
     DemoireSpec(
@@ -106,6 +116,8 @@ NETWORKS: tuple[DemoireSpec, ...] = (
         scales=_FINE_FIRST,
         parameters=10.62,
         bytes_per_pixel=1200,
+        sees=("encoder.conv_first.*",),
+        writes=("decoder.decoder_?.conv.*",),
         paper=_ESDNET,
     ),
     DemoireSpec(
@@ -116,6 +128,8 @@ NETWORKS: tuple[DemoireSpec, ...] = (
         scales=(4, 2, 1),
         parameters=14.19,
         bytes_per_pixel=1400,
+        sees=("conv_func1.*",),
+        writes=("conv[123].*",),
         paper="Zheng et al. 2020, arXiv:2004.00406",
     ),
 )

@@ -41,12 +41,13 @@ class DemoireNetwork:
 
     Attributes:
         spec: What the registry says about it.
-        module: The network in evaluation mode, float32, on the CPU.
+        module: The network in evaluation mode, on the CPU.
         arguments: The arguments it was built with.
         provenance: What the file says about where its weights come from.
         sha256: SHA-256 of the file.
         size_multiple: What height and width of its input must be multiples of.
         residual: Whether it predicts what to add to its input.
+        bits: Of a quantized network, its bits, such as "w8a8"; "" for a float one.
     """
 
     spec: DemoireSpec
@@ -56,6 +57,7 @@ class DemoireNetwork:
     sha256: str
     size_multiple: int
     residual: bool
+    bits: str = ""
 
 
 def metadata(
@@ -165,6 +167,11 @@ def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             header = dict(file.metadata() or {})
+            if "qtool.format" in header:
+                raise CheckpointError(
+                    f"{path} is a quantized checkpoint, not the weights of a float network",
+                    remedy="name the float weights it was made from",
+                )
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
@@ -211,9 +218,14 @@ def _described(path: Path, text: str) -> dict[str, Any]:
             f"{path} is for a network {ascii(name)[:40]}, which is unknown here",
             remedy="use the version of qtool that wrote it, or " + _NO_NETWORK,
         )
-    if not isinstance(arguments, dict) or not all(map(_is_harmless, arguments.values())):
+    if not isinstance(arguments, dict) or not are_harmless(arguments):
         raise CheckpointError(f"{path} has no valid arguments of its network")
     return content
+
+
+def are_harmless(arguments: Mapping[str, Any]) -> bool:
+    """Tell whether a network can be built with these arguments without harm, whoever wrote them."""
+    return all(map(_is_harmless, arguments.values()))
 
 
 def _is_harmless(value: object) -> bool:

@@ -140,6 +140,9 @@ class _Stage(nn.Module):
             ScaleAwareModule(channels, growth) for _ in range(sam_blocks)
         )
 
+    def blocks(self) -> list[str]:
+        return ["rdb", *(f"sam_blocks.{index}" for index in range(len(self.sam_blocks)))]
+
     def forward(self, x: Tensor) -> Tensor:
         x = self.rdb(x)
         for block in self.sam_blocks:
@@ -246,6 +249,18 @@ class ESDNet(nn.Module):
     def size_multiple(self) -> int:
         """What height and width must be multiples of: two halvings, then quarters in each SAM."""
         return self.unshuffle * 4 * 4
+
+    def blocks(self) -> list[str]:
+        """Modules of one input and one output that hold all layers, in the order they run in."""
+        inner = self.encoder.encoder_1.blocks()  # the same at every level
+        names = ["encoder.conv_first"]
+        for level in (1, 2, 3):
+            names += [f"encoder.encoder_{level}.{name}" for name in inner]
+            names += [f"encoder.encoder_{level}.down"] if level < 3 else []
+        for level in (3, 2, 1):
+            names.append(f"decoder.preconv_{level}")
+            names += [f"decoder.decoder_{level}.{name}" for name in (*inner, "conv")]
+        return names
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Remove moire; see the class for shapes."""

@@ -251,6 +251,14 @@ class MBCNN(nn.Module):
         self.pos_block3 = LocalToneBlock(_DILATIONS)
         self.conv3 = _Conv(_WIDTH, 12, 3, relu=False)
 
+    def blocks(self) -> list[str]:
+        """Modules of one input and one output that hold all layers, in the order they run in."""
+        down = [f"{part}{level}" for level in (1, 2, 3) for part in ("conv_func", "pre_block")]
+        coarse = ["global_block1", "pos_block1", "conv1"]
+        middle = ["conv_func4", "global_block2", "pre_block4", "global_block3", "pos_block2"]
+        fine = ["conv_func5", "global_block4", "pre_block5", "global_block5", "pos_block3"]
+        return [*down, *coarse, *middle, "conv2", *fine, "conv3"]
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Remove moire; see the class for shapes."""
         first = self.pre_block1(self.conv_func1(F.pixel_unshuffle(x, 2)))

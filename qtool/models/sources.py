@@ -80,12 +80,17 @@ def read_json(text: str, *, origin: str) -> dict[str, Any]:
         UsageError: It is not a JSON object.
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=_refuse)
     except ValueError as error:
         raise UsageError(f"{origin} is not valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise UsageError(f"{origin} is not a JSON object")
     return value
+
+
+def _refuse(constant: str) -> None:
+    """Refuse NaN and infinities, which JSON does not have."""
+    raise ValueError(f"{constant} is no number of JSON")
 
 
 def fetch(

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from qtool.errors import MissingError, UsageError
-from qtool.models import registry, repair, sources
+from qtool.models import demoire_weights, registry, repair, sources
 from qtool.models.data_config import DataConfig
 from qtool.models.layout import AttentionSite, Layout, layout, unfuse_attention
 
@@ -34,6 +34,7 @@ __all__ = [
     "open_model",
     "outline",
     "resolve",
+    "split_arguments",
     "unfuse_attention",
 ]
 
@@ -242,7 +243,7 @@ def _plan(name: str, weights: Path | None) -> _Plan:
         return _plan_folder(Path(name.partition(":")[2]), weights, name)
     if name.endswith(".safetensors"):
         return _plan_file(Path(name), weights)
-    name, arguments = _split_arguments(name)
+    name, arguments = split_arguments(name)
     spec = registry.find(name)
     if spec is not None and spec.bundled:
         path = weights or sources.bundled(spec.bundled)
@@ -255,7 +256,7 @@ def _plan(name: str, weights: Path | None) -> _Plan:
     return _Plan(architecture, arguments, None, f"hf-hub:{_repository(architecture)}")
 
 
-def _split_arguments(text: str) -> tuple[str, dict[str, Any]]:
+def split_arguments(text: str) -> tuple[str, dict[str, Any]]:
     """Read `NAME,KEY=VALUE,...`: a name and arguments of timm's builder, values as in JSON.
 
     What is no JSON is taken as text, so that `act_layer=relu` needs no quotes.
@@ -337,6 +338,11 @@ def _plan_file(path: Path, weights: Path | None) -> _Plan:
         raise UsageError(
             f"{path} is a quantized checkpoint, not the weights of a float model",
             remedy="evaluate it with `qtool eval`, or name the float model it was made from",
+        )
+    if demoire_weights.METADATA_KEY in metadata:
+        raise UsageError(
+            f"{path} holds a network that restores pictures, not a classifier",
+            remedy=f"run it with `qtool demoire --weights {path}`",
         )
     architecture = metadata.get("architecture", "")
     if not architecture:

@@ -8,6 +8,7 @@ Reference: Jacob et al. 2018 (arXiv 1712.05877), section 3.2.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -20,6 +21,8 @@ from qtool.quant.plan import LayerPlan, replace_module
 from qtool.quant.simulation import SimulatedLinear
 
 _WINDOW_IMAGES = 8
+_WINDOW_VALUES = 2**26
+"""Most values of windows that ranges are chosen by: 256 MiB."""
 
 
 class SimulatedConv2d(SimulatedLinear):
@@ -55,17 +58,26 @@ class SimulatedConv2d(SimulatedLinear):
         """Scale and zero point by the error of the output; that of the input where groups part."""
         bits = self.plan.input_bits
         if self.geometry.groups == 1:
-            windows = F.unfold(
-                x[:: len(x) // _WINDOW_IMAGES + 1],
-                self.weight_shape[2:],
-                dilation=self.geometry.dilation,
-                padding=self.geometry.padding,
-                stride=self.geometry.stride,
-            )
+            windows = self._windows(x[:: len(x) // _WINDOW_IMAGES + 1])
             weight = self.weight.detach()
             return quantizers.search_activation_range(windows.mT, bits=bits, weight=weight)
         costs = self.channel_costs().sqrt().diag()
         return quantizers.search_activation_range(_pixels(x), bits=bits, weight=costs)
+
+    def _windows(self, x: Tensor) -> Tensor:
+        """What the kernel sees, (B, K, places); of large pictures, fewer of them and their top."""
+        (height, width), geometry = self.weight_shape[2:], self.geometry
+        channels = x.shape[1] * height * width
+        row = channels * x.shape[3] // math.prod(geometry.stride)  # values of windows per row
+        images = max(1, min(len(x), _WINDOW_VALUES // (row * x.shape[2])))
+        rows = max(geometry.dilation[0] * height, _WINDOW_VALUES // row)
+        return F.unfold(
+            x[:: -(-len(x) // images), :, :rows],
+            self.weight_shape[2:],
+            dilation=self.geometry.dilation,
+            padding=self.geometry.padding,
+            stride=self.geometry.stride,
+        )
 
     def search_table(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Scale, zero point and table, by least squared error weighted by what it costs."""

@@ -42,8 +42,8 @@ class DemoireSettings(WriterSettings):
     )
     weights: Path | None = Field(
         default=None,
-        description="Weights: a file of qtool, or a published checkpoint (.pth, .tar, "
-        ".safetensors). Otherwise the small network that comes with qtool.",
+        description="Weights: a file of qtool, quantized or not, or a published checkpoint (.pth, "
+        ".tar, .safetensors). Otherwise the small network that comes with qtool.",
     )
     head: Head | None = Field(
         default=None,

@@ -13,7 +13,9 @@ from qtool.quant.bits import parse_width
 from qtool.settings.base import CommonSettings, ReportPath
 
 FidelityProtocol = Literal["plain", "uhdm", "fhdmi", "tip2018", "lcdmoire"]
-FidelityMetric = Literal["psnr", "ssim", "psnr_aligned", "moire_luma", "moire_chroma", "do_no_harm"]
+FidelityMetric = Literal[
+    "psnr", "ssim", "psnr_aligned", "moire_luma", "moire_chroma", "lpips", "do_no_harm"
+]
 
 
 class EvaluateSettings(CommonSettings):
@@ -43,8 +45,8 @@ class EvaluateSettings(CommonSettings):
     )
     metric: tuple[FidelityMetric, ...] = Field(
         default=(),
-        description="psnr, ssim, psnr_aligned, moire_luma, moire_chroma or do_no_harm; repeat for "
-        "more, otherwise all there is data for.",
+        description="psnr, ssim, psnr_aligned, moire_luma, moire_chroma, do_no_harm or lpips; "
+        "repeat for more, otherwise all there is data for but lpips.",
     )
     bits: tuple[str, ...] = Field(
         default=(),

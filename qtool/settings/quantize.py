@@ -37,7 +37,7 @@ class QuantizeSettings(WriterSettings):
     model: str = Field(
         min_length=1,
         description="Model: an alias, a timm name (NAME,KEY=VALUE adds arguments), a .safetensors "
-        "file, hf-hub:ID.",
+        "file, hf-hub:ID, or a demoire network.",
     )
     bits: Annotated[str, AfterValidator(_checked_bits)] = Field(
         default="w4a4",
@@ -49,7 +49,9 @@ class QuantizeSettings(WriterSettings):
         description="What the mean of mixed:AVG is weighted with: size (weights) or macs "
         "(multiply-adds).",
     )
-    data_free: bool = Field(default=False, description="Synthesize the calibration pictures first.")
+    data_free: bool = Field(
+        default=False, description="Synthesize or simulate the calibration pictures first."
+    )
     calib: Path | None = Field(default=None, description="Folder of pictures to calibrate on.")
     synthetic: Path | None = Field(
         default=None, description="Folder made by `qtool synthesize images`."

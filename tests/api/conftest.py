@@ -12,9 +12,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from qtool.api import quantize as quantize_api
+from qtool.api import quantize_restoration
 from qtool.api import synthesize as synthesize_api
+from qtool.api.demoire import calibration as demoire_calibration
 from qtool.engine import dispatch
-from qtool.models import vision
+from qtool.io.container import write_container
+from qtool.models import demoire, demoire_weights, vision
 from qtool.report import Result
 from qtool.settings.quantize import QuantizeSettings
 
@@ -105,6 +108,41 @@ def demo(save_weights: Callable[..., str]) -> str:
 def swin(save_weights: Callable[..., str]) -> str:
     """A tiny Swin transformer with shifted windows: 10 classes."""
     return save_weights("swin_tiny_patch4_window7_224", SWIN)
+
+
+GATES = {"octaves": 2, "width": 8}
+
+
+@pytest.fixture
+def gates(tmp_path: Path) -> Path:
+    """A small BandGate whose gates differ from place to place; four pixels at a time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = demoire.build("bandgate", GATES)
+        for gate in network.gates:
+            torch.nn.init.normal_(gate.weight, std=1.0)
+    path = tmp_path / "gates.safetensors"
+    described = demoire_weights.metadata("bandgate", GATES, {"licence": "of the test"})
+    write_container(path, described, network.state_dict())
+    return path
+
+
+@pytest.fixture
+def quantize_network(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Quantize a demoire network on three small simulated photographs, judged by two more."""
+    monkeypatch.setattr(quantize_restoration, "_SIDE", 64)
+    monkeypatch.setattr(quantize_restoration, "_SMALL_SIDE", 64)
+    monkeypatch.setattr(demoire_calibration, "HELD_OUT", 2)
+    monkeypatch.setattr(demoire_calibration, "_CONTENT_SIDE", 64)
+
+    def run(model: Path | str, **options: object) -> Result:
+        source = {} if {"calib", "synthetic"} & set(options) else {"data_free": True}
+        settings = QuantizeSettings.build(
+            {"model": str(model), "count": 3, "device": "cpu", **source, **options}
+        )
+        return quantize_api.quantize(settings)
+
+    return run
 
 
 @pytest.fixture

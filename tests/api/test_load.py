@@ -251,6 +251,26 @@ def test_a_file_that_does_not_fit_is_refused_in_one_line(quantize, demo, change)
     assert caught.value.remedy
 
 
+def test_a_network_that_does_not_fit_its_header_is_refused(quantize_network, gates):
+    quantize_network(gates, out=Path("q.safetensors"))
+    for change in (
+        {"architecture": "deit_tiny_patch16_224"},
+        {"architecture": "esdnet"},
+        {"model_args": {"octaves": 2, "width": 16}},
+        {"model_args": {"octaves": 2, "width": 10**9}},
+        {"model_args": {"octaves": "2", "width": 8}},
+        {"model_args": {"octaves": None, "width": 8}},
+        {"model_args": {"octaves": 2, "width": 8, "depth": 3}},
+        {"task": "classification"},
+    ):
+        path = Path("changed.safetensors")
+        path.write_bytes(Path("q.safetensors").read_bytes())
+        rewritten(path, lambda values, _, change=change: values.update(change))
+        with pytest.raises(CheckpointError, match="does not fit") as caught:
+            load(path)
+        assert "\n" not in str(caught.value)
+
+
 def test_other_files_are_refused(tmp_path, demo):
     with pytest.raises(CheckpointError):
         load(tmp_path / "absent.safetensors")

@@ -9,8 +9,8 @@ from PIL import Image
 
 from qtool.api import evaluate as api
 from qtool.api import restored
-from qtool.errors import UsageError
-from qtool.metrics import fidelity
+from qtool.errors import MissingError, UsageError
+from qtool.metrics import fidelity, perceptual
 from qtool.settings.evaluate import EvaluateSettings, FidelityMetric, FidelityProtocol
 
 
@@ -43,7 +43,7 @@ def tensor(path):
 
 def test_settings_name_what_there_is():
     assert set(get_args(FidelityProtocol)) == set(fidelity.PROTOCOLS)
-    assert get_args(FidelityMetric) == (*fidelity.METRICS, restored.HARM)
+    assert get_args(FidelityMetric) == (*fidelity.METRICS, perceptual.NAME, restored.HARM)
 
 
 def test_values_are_means_of_what_the_metrics_say(folders):
@@ -111,3 +111,43 @@ def test_requests_that_make_no_sense(folders):
     Image.new("RGB", (8, 8)).save(folders / "other" / "z.png")
     with pytest.raises(UsageError, match="counterpart"):
         evaluated(folders, reference=folders / "other")
+
+
+class Stand:
+    """In the place of LPIPS: the mean difference, so that what is passed on can be seen."""
+
+    def __init__(self, device, *, offline):
+        assert offline
+
+    def __call__(self, output, target):
+        return float((output - target).abs().mean())
+
+
+def test_lpips_is_measured_when_it_is_named(folders, monkeypatch):
+    monkeypatch.setattr(perceptual, "Lpips", Stand)
+    monkeypatch.setattr(perceptual, "require_package", lambda: None)
+    chosen = {"baseline": str(folders / "photos"), "offline": True}
+    result = evaluated(folders, metric=("lpips", "psnr"), **chosen)
+    summary = result.summary
+    assert 0 < summary["lpips"] < 0.6 * summary["before_lpips"]
+    assert [row[0] for row in result.tables[0].rows] == ["PSNR dB", "LPIPS"]
+    bounds = {summary["lpips"] + 0.001: 0, summary["lpips"] - 0.001: 5}
+    for bound, code in bounds.items():
+        assert evaluated(folders, minimum=(f"lpips={bound:.4f}",), **chosen).exit_code == code
+
+
+def test_lpips_is_left_alone_otherwise(folders, monkeypatch):
+    monkeypatch.setattr(perceptual, "Lpips", None)
+    monkeypatch.setattr(perceptual, "require_package", None)
+    assert "lpips" not in evaluated(folders).summary
+
+
+def test_without_its_package_lpips_is_missing(folders, monkeypatch):
+    monkeypatch.setattr(perceptual.importlib.util, "find_spec", lambda name: None)
+    for dry_run in (False, True):
+        settings = EvaluateSettings(
+            target=str(folders / "clean"), reference=folders / "targets", metric=("lpips",)
+        )
+        with pytest.raises(MissingError, match="package lpips") as caught:
+            api.plan(settings) if dry_run else api.evaluate(settings)
+        assert (caught.value.exit_code, caught.value.remedy) == (4, "pip install 'qtool[lpips]'")

@@ -38,12 +38,14 @@ class Cell:
     recipe: str
     bits: str
     seed: int
+    steps: int | None = None
 
     @property
     def name(self) -> str:
         """A file name."""
         label = self.images.split("=")[0]
-        return f"{label}-{self.recipe}-{self.bits.replace(':', '')}-s{self.seed}"
+        steps = f" {self.steps} steps" if self.steps else ""
+        return f"{label}-{self.recipe}-{self.bits.replace(':', '')}{steps}-s{self.seed}"
 
     @property
     def synthetic(self) -> str | None:
@@ -66,6 +68,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--recipe", action="append", required=True)
     parser.add_argument("--seed", type=int, action="append", required=True)
     parser.add_argument("--count", type=int, default=32, help="calibration images")
+    parser.add_argument("--steps", type=int, help="training steps per block")
     parser.add_argument("--effort", default="quick", help="of the synthesis")
     parser.add_argument("--results", type=Path, help="file to read and keep results in")
     parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
@@ -94,6 +97,7 @@ def accuracy(options: argparse.Namespace, target: str) -> dict[str, Any]:
             crop_pct=options.crop_pct,
             weights="pretrained" if target.endswith(".safetensors") else options.weights,
             baseline="none",
+            batch_size=16,
             offline=True,
         )
         found[data.name] = qtool.evaluate(settings).summary["top1"]
@@ -129,6 +133,7 @@ def quantize(options: argparse.Namespace, cell: Cell) -> dict[str, Any]:
         recipe=cell.recipe,
         seed=cell.seed,
         count=options.count,
+        steps=cell.steps,
         calib=Path(folder) if folder else None,
         synthetic=options.work / cell.synthetic if cell.synthetic else None,
         out=out,
@@ -215,7 +220,7 @@ def main() -> None:
         for bits in options.bits
         for seed in options.seed
         for images in options.images
-        if (cell := Cell(images, recipe, bits, seed)).name not in known
+        if (cell := Cell(images, recipe, bits, seed, options.steps)).name not in known
     ]
     found = known | (measure(options, cells) if cells or "float" not in known else {})
     if results:

@@ -394,3 +394,18 @@ def test_changed_numbers_in_the_header_are_noticed(tmp_path_factory, content, da
     place = data.draw(st.sampled_from(digits))
     changed[place] = data.draw(st.sampled_from([d for d in b"123456789" if d != content[place]]))
     _fails_cleanly(tmp_path_factory.getbasetemp() / "digits", bytes(changed))
+
+
+def test_a_task_is_written_where_it_is_not_classification(tmp_path):
+    header, tensors = _model()
+    assert "task" not in header.to_json()
+    values = header.model_dump()
+    restoring = Header(**{**values, "task": "restoration"})
+    checkpoint.write(tmp_path / "r.safetensors", restoring, tensors)
+    assert checkpoint.read_header(tmp_path / "r.safetensors").task == "restoration"
+    checkpoint.write(tmp_path / "c.safetensors", header, tensors)
+    assert checkpoint.read_header(tmp_path / "c.safetensors").task == "classification"
+    with pytest.raises(ValidationError):
+        Header(**{**values, "task": "segmentation"})
+    with pytest.raises(ValidationError):
+        Header(**{**values, "task": "restoration", "engine": "branches"})

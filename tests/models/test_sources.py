@@ -70,7 +70,7 @@ def test_foreign_file_is_a_usage_error(tmp_path, content):
         sources.read_metadata(path)
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", "nonsense"])
+@pytest.mark.parametrize("text", ["{", "[1]", "nonsense", '{"a": NaN}'])
 def test_bad_json_is_a_usage_error(text):
     with pytest.raises(UsageError, match="here"):
         sources.read_json(text, origin="here")

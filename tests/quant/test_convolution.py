@@ -75,6 +75,21 @@ def test_a_disabled_layer_is_the_float_layer(generator, form):
     torch.testing.assert_close(layer(images), source(images))
 
 
+def test_large_pictures_are_seen_in_part(generator, monkeypatch):
+    images = torch.randn(6, 4, 24, 20, generator=generator)
+    layer = SimulatedConv2d(convolution(kernel_size=3, padding=1), LayerPlan("conv", 4, 4))
+    whole = layer.search_range(images)
+    values = 4 * 9 * 24 * 20
+    monkeypatch.setattr("qtool.quant.convolution._WINDOW_VALUES", 6 * values)
+    assert all(map(torch.equal, layer.search_range(images), whole))
+    for share in (2, 0.4, 0.01):
+        monkeypatch.setattr("qtool.quant.convolution._WINDOW_VALUES", int(share * values))
+        assert layer._windows(images).numel() <= max(2, 1.05 * share) * values
+        scale, zero = layer.search_range(images)
+        assert 0.5 < float(scale / whole[0]) < 2
+        assert 0 <= int(zero) <= 15
+
+
 def test_channels_cost_what_the_layer_makes_of_them(generator):
     source = convolution(kernel_size=3, groups=2)
     with torch.no_grad():

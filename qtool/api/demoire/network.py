@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from qtool.api.load import restore
 from qtool.api.runtime import bfloat16_is_faster, notice
-from qtool.errors import CheckpointError, MissingError
+from qtool.errors import CheckpointError, MissingError, UsageError
+from qtool.io import checkpoint
 from qtool.io.cache import sha256_file
 from qtool.methods.undem.restoration import Restorer
-from qtool.models import demoire, demoire_weights
+from qtool.models import demoire, demoire_weights, sources
 from qtool.models.demoire_weights import DemoireNetwork
 from qtool.settings.demoire import DemoireSettings
 
 _SHARE_OF_FREE = 0.6
 _SHARE_OF_CUDA = 0.8
+_INTEGER_MEMORY = 1.25
+"""Memory of integer layers, which hold codes beside values, relative to float ones."""
+
 _PICTURE_BYTES = 48
 """What one pixel takes outside the network: decoded, changed, encoded, for three photographs."""
 
@@ -46,33 +53,86 @@ def missing_weights(name: str) -> MissingError:
 
 
 def open_network(settings: DemoireSettings) -> DemoireNetwork:
-    """Load the network of a run.
+    """Load the network of a run: a float one, or one that `qtool quantize` wrote.
 
     Raises:
         MissingError: There are no weights.
         CheckpointError: The file does not hold what was asked for.
     """
+    path = weights_path(settings)
     arguments: dict[str, Any] = {}
     if settings.head is not None:
         arguments["head"] = settings.head
     if settings.transform is not None:
         arguments["dct"] = settings.transform
-    return demoire_weights.load_network(
-        weights_path(settings), name=settings.model, arguments=arguments
+    if _is_quantized(path):
+        return _quantized(path, name=settings.model, arguments=arguments)
+    return demoire_weights.load_network(path, name=settings.model, arguments=arguments)
+
+
+def _is_quantized(path: Path) -> bool:
+    if path.suffix.lower() != ".safetensors" or not path.is_file():
+        return False
+    try:
+        return "qtool.format" in sources.read_metadata(path)
+    except UsageError:
+        # What is wrong with it is said where float weights are read.
+        return False
+
+
+def _quantized(path: Path, *, name: str | None, arguments: Mapping[str, Any]) -> DemoireNetwork:
+    """A network that multiplies integers, from its checkpoint alone.
+
+    Raises:
+        CheckpointError: The file is damaged, or holds another network or variant.
+    """
+    header, tensors = checkpoint.read(path)
+    if header.task != "restoration":
+        raise CheckpointError(
+            f"{path} is a quantized classifier ({header.architecture}), not a demoire network",
+            remedy="measure it with `qtool eval`, or give a file of `qtool quantize bandgate`",
+        )
+    module = restore(header, tensors, origin=str(path))
+    spec = demoire.find(header.architecture)
+    if name not in (None, spec.name):
+        raise CheckpointError(
+            f"{path} holds weights of {spec.name}, not of {name}",
+            remedy=f"use --model {spec.name}, or give weights of {name}",
+        )
+    own = {**spec.arguments, **header.model_args}
+    for key, value in arguments.items():
+        if getattr(module, key, value) != value:
+            raise CheckpointError(
+                f"{path} was quantized with {key} {getattr(module, key)}, not {value}",
+                remedy=f"quantize it again as {spec.name},{key}={value}",
+            )
+    return DemoireNetwork(
+        spec=spec,
+        module=module,
+        arguments=own,
+        provenance=header.provenance,
+        sha256=sha256_file(path),
+        size_multiple=int(module.size_multiple),  # type: ignore[arg-type]
+        residual=bool(module.residual),
+        bits=header.active_bits,
     )
 
 
 def make_restorer(network: DemoireNetwork, device: torch.device) -> Restorer:
     """Put a network where it computes, in the layout that is fastest there."""
     module = network.module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    # A network that adds to its input loses nothing of it to the short mantissa.
-    bfloat16 = network.residual and bfloat16_is_faster(device)
-    notice.info("network: %s%s", network.spec.name, " in bfloat16" if bfloat16 else "")
+    # A network that adds to its input loses nothing of it to the short mantissa; integer layers
+    # take float32 alone.
+    bfloat16 = network.residual and not network.bits and bfloat16_is_faster(device)
+    kind = " in bfloat16" if bfloat16 else f" in integers, {network.bits}" if network.bits else ""
+    notice.info("network: %s%s", network.spec.name, kind)
     return Restorer(
         network=module,
         result=network.spec.result,
         multiple=network.size_multiple,
-        bytes_per_pixel=network.spec.bytes_per_pixel,
+        bytes_per_pixel=math.ceil(
+            network.spec.bytes_per_pixel * (_INTEGER_MEMORY if network.bits else 1)
+        ),
         device=device,
         bfloat16=bfloat16,
         batch_size=4 if device.type == "cuda" else 1,

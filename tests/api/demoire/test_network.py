@@ -50,3 +50,42 @@ def test_without_a_bound_a_share_of_free_memory_is_taken():
     free = networks.free_memory()
     share = networks.memory_for_network(DemoireSettings(out="x"), torch.device("cpu"), 0)
     assert 0 < share < free * 1.2
+
+
+def test_a_quantized_network_is_what_its_file_says(quantize_network, gates, tmp_path):
+    path = tmp_path / "q.safetensors"
+    quantize_network(gates, out=path, bits="w4a8")
+    opened = networks.open_network(DemoireSettings(out="x", weights=path, model="bandgate"))
+    restorer = networks.make_restorer(opened, torch.device("cpu"))
+    assert (restorer.multiple, restorer.result, restorer.bfloat16) == (4, 0, False)
+    assert restorer.bytes_per_pixel > opened.spec.bytes_per_pixel
+    with pytest.raises(CheckpointError, match="weights of bandgate, not of mbcnn"):
+        networks.open_network(DemoireSettings(out="x", weights=path, model="mbcnn"))
+    whole = path.read_bytes()
+    for content, said in (
+        (whole[:-1] + bytes([whole[-1] ^ 1]), "damaged"),
+        (whole[:-100], "not a readable safetensors file"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=said):
+            networks.open_network(DemoireSettings(out="x", weights=path))
+
+
+def test_tiles_of_a_quantized_network_meet(quantize_network, gates, tmp_path):
+    path = tmp_path / "q.safetensors"
+    quantize_network(gates, out=path, bits="w4a8")
+    opened = networks.open_network(DemoireSettings(out="x", weights=path))
+    restorer = networks.make_restorer(opened, torch.device("cpu"))
+    down, across = torch.meshgrid(torch.arange(150), torch.arange(201), indexing="ij")
+    picture = 0.5 + 0.3 * torch.stack(
+        [torch.sin(down / 2 + across / period) for period in (3, 7, 40)]
+    )
+
+    def read(rows, columns):
+        return picture[:, rows][:, :, columns]
+
+    whole = restorer.change(read, 150, 201, tile=0)
+    tiled = restorer.change(read, 150, 201, tile=64, overlap=24)
+    assert float(whole.values.abs().mean()) > 2 / 255
+    assert float((whole.values - tiled.values).abs().mean()) < 1 / 255
+    assert tiled.seam < 1 / 255

@@ -1,0 +1,55 @@
+"""What the header of a checkpoint says about its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qtool.io import checkpoint
+from qtool.quant.plan import LayerPlan
+
+
+def layer_bits(plans: Mapping[str, LayerPlan]) -> dict[str, checkpoint.LayerBits]:
+    """The planned layers as a header lists them."""
+    return {
+        name: checkpoint.LayerBits(
+            kind=plan.kind,
+            weight_bits=plan.weight_bits or None,
+            input_bits=plan.input_bits,
+            options=plan.options(),
+        )
+        for name, plan in plans.items()
+    }
+
+
+def compressed_tensors(plans: Mapping[str, LayerPlan], *, skip: Sequence[str]) -> dict[str, Any]:
+    """The bits in the words of the compressed-tensors format.
+
+    Args:
+        plans: The quantized layers by name.
+        skip: Globs of layers that stay in float.
+    """
+    groups: dict[tuple[int, int], list[str]] = {}
+    for name, plan in plans.items():
+        if plan.kind != "attention":
+            groups.setdefault((plan.weight_bits, plan.input_bits), []).append(name)
+    common = {"type": "int", "symmetric": False}
+    return {
+        "quant_method": "qtool",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": list(skip),
+        "config_groups": {
+            f"group_{index}": {
+                "targets": targets,
+                "weights": {**common, "num_bits": bits[0], "strategy": "channel"},
+                "input_activations": {
+                    **common,
+                    "num_bits": bits[1],
+                    "strategy": "tensor",
+                    "dynamic": False,
+                },
+            }
+            for index, (bits, targets) in enumerate(groups.items())
+        },
+    }
