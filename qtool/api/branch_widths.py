@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, BinaryIO
 
+from qtool.api import export
 from qtool.api.branch_model import at_width
 from qtool.errors import UsageError
 from qtool.io import branch_tensors, checkpoint, folders
@@ -56,6 +57,8 @@ def switch(settings: SwitchBitsSettings, table: checkpoint.PlaneTable) -> Result
     rows = costs(table)
     if settings.listing:
         return _listed(settings, table, rows)
+    if settings.onnx is not None:
+        export.check_engine(table.header)
     if settings.layers or settings.drop_unused:
         raise UsageError(
             f"{settings.target} is a network of branches, which has one width as a whole",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from qtool import __version__
 from qtool.api import (
     calibration,
+    export,
     layer_report,
     precision,
     quantize_any,
@@ -27,7 +28,7 @@ from qtool.api.parallel import torchrun_group
 from qtool.api.quantized_header import compressed_tensors, layer_bits
 from qtool.api.runtime import bfloat16_is_faster, check_report, prepare, write_report
 from qtool.api.synthesize import STEPS, denormalised, sheet_png, typical_patches
-from qtool.errors import Progress, QtoolError
+from qtool.errors import Progress, QtoolError, UsageError
 from qtool.io import checkpoint, folders
 from qtool.methods.spdfq.reconstruction import (
     ReconstructionConfig,
@@ -61,6 +62,31 @@ def _outputs(settings: QuantizeSettings) -> bool:
     )
 
 
+def _exports(settings: QuantizeSettings) -> str | None:
+    """The ONNX file to write, if one is to be written and can be."""
+    if settings.onnx is not None and quantize_restoration.is_restoration(settings):
+        raise UsageError(
+            "only classifiers are exported to ONNX", remedy="leave out --onnx for this network"
+        )
+    wanted = export.check_output(
+        settings.onnx, overwrite=settings.overwrite, skip_existing=settings.skip_existing
+    )
+    return str(settings.onnx) if wanted else None
+
+
+def _skipped(settings: QuantizeSettings, exports: str | None) -> Result:
+    """What there is to do when the checkpoint may stay: its ONNX model at most."""
+    summary: dict[str, Any] = {"output": str(settings.output), "status": "skipped"}
+    if exports is None:
+        return Result("quantize", summary=summary)
+    summary["onnx"] = export.export_file(settings, settings.output, Path(exports))
+    return Result(
+        "quantize",
+        summary=summary,
+        tables=(Table("Exported", ("what", "value"), export.facts(summary)),),
+    )
+
+
 def _steps(settings: QuantizeSettings) -> int:
     """Training steps per block."""
     return settings.steps or RECONSTRUCTION_STEPS[settings.effort]
@@ -68,8 +94,9 @@ def _steps(settings: QuantizeSettings) -> int:
 
 def plan(settings: QuantizeSettings) -> Result:
     """What `quantize` would do; loads no weights."""
+    exports = _exports(settings)
     if not _outputs(settings):
-        skipped = {"output": str(settings.output), "skipped": True}
+        skipped = {"output": str(settings.output), "skipped": True, "onnx": exports}
         return Result("quantize", status="planned", summary=skipped)
     if quantize_restoration.is_restoration(settings):
         return quantize_restoration.plan(settings, steps=_steps(settings))
@@ -89,6 +116,7 @@ def plan(settings: QuantizeSettings) -> Result:
         "synthesis_steps": STEPS[settings.effort] if settings.data_free else 0,
         "reconstruction_steps": _steps(settings),
         "output": str(settings.output),
+        "onnx": exports,
         "skipped": False,
     }
     spec = registry.find(architecture)
@@ -123,8 +151,9 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
     Raises:
         QtoolError: One of its kinds, for wrong settings, missing weights or refused output.
     """
+    exports = _exports(settings)
     if not _outputs(settings):
-        return Result("quantize", summary={"output": str(settings.output), "status": "skipped"})
+        return _skipped(settings, exports)
     if quantize_restoration.is_restoration(settings):
         return quantize_restoration.quantize(
             settings, steps=_steps(settings), drop=DROP[settings.recipe], progress=progress
@@ -144,6 +173,7 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
             steps=_steps(settings),
             drop=DROP[settings.recipe],
             batch_size=_BATCH,
+            exports=exports,
             progress=progress,
         )
     layout = vision.layout(opened.model)
@@ -185,9 +215,10 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
         if settings.verify:
             verified.update(_verify(path, settings.output, sample, simulated))
 
+    header = _header(settings, opened, plans, made)
     checkpoint.write(
         settings.output,
-        _header(settings, opened, plans, made),
+        header,
         model.state_dict(),
         overwrite=settings.overwrite,
         check=verify,
@@ -213,6 +244,15 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
     }
     if verified:
         summary["verify"] = verified
+    if exports is not None:
+        summary["onnx"] = export.export(
+            model,
+            header,
+            Path(exports),
+            images=sample,
+            overwrite=settings.overwrite,
+            verify=settings.verify,
+        )
     summary["calibration_agreement"] = _agreement(opened.model, model, sample)
     if made.held_out is not None and len(made.held_out):
         summary["held_out"] = len(made.held_out)
@@ -335,6 +375,7 @@ def _tables(
     if "verify" in summary:
         worst = summary["verify"]["max_abs_difference"]
         facts.append(("reloaded file differs by at most", f"{worst:.2g}"))
+    facts += export.facts(summary)
     return (
         Table("Quantized", ("what", "value"), facts),
         layer_report.layers_table(layers),

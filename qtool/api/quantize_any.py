@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qtool import __version__
-from qtool.api import calibration, layer_report
+from qtool.api import calibration, export, layer_report
 from qtool.api.load import restore
 from qtool.api.nested_model import choose_bits
 from qtool.api.runtime import notice, write_report
@@ -60,6 +60,7 @@ def quantize(
     steps: int,
     drop: float,
     batch_size: int,
+    exports: str | None,
     progress: Progress | None,
 ) -> Result:
     """Quantize an opened classifier to one checkpoint of nested planes.
@@ -70,6 +71,7 @@ def quantize(
         steps: Training steps per block.
         drop: Share of activations left unrounded in a training step.
         batch_size: Images synthesized together.
+        exports: ONNX file to write as well, at the widest bits, or None.
         progress: Told about every step.
 
     Returns:
@@ -154,6 +156,15 @@ def quantize(
     }
     if verified:
         summary["verify"] = verified
+    if exports is not None:
+        summary["onnx"] = export.export(
+            model,
+            header,
+            Path(exports),
+            images=sample,
+            overwrite=settings.overwrite,
+            verify=settings.verify,
+        )
     items = _items(model, opened.model, plans, sample, offer, macs)
     result = Result(
         "quantize",
@@ -390,6 +401,7 @@ def _tables(
     if "verify" in summary:
         worst = summary["verify"]["max_abs_difference"]
         facts.append(("reloaded file differs by at most", f"{worst:.2g}"))
+    facts += export.facts(summary)
     specs = list(records[0].before) if records else []
     errors = list(items[0]["output_error"]) if items else []
     return (

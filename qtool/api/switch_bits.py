@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qtool.api import branch_widths
+from qtool.api import branch_widths, export
 from qtool.api.file_widths import bit_operations, chosen, layers_in, needed_bytes, with_bits
 from qtool.errors import CheckpointError, Progress, UsageError
 from qtool.io import checkpoint, folders, nested_tensors
@@ -20,11 +20,11 @@ from qtool.settings.switch_bits import Budget, SwitchBitsSettings, parse_budget
 
 
 def switch_bits(settings: SwitchBitsSettings, progress: Progress | None = None) -> Result:
-    """List or change the widths of a switchable checkpoint; no weight is touched.
+    """List or change the widths of a switchable checkpoint, or export one; no weight is touched.
 
     Args:
         settings: What to do.
-        progress: Not needed; this is quick.
+        progress: Not needed; what takes a while is the export alone.
 
     Returns:
         One item per layer with its width; size and bit operations in the summary.
@@ -33,6 +33,9 @@ def switch_bits(settings: SwitchBitsSettings, progress: Progress | None = None) 
         UsageError: The file lacks a width, or no choice of bits fits the budget.
         QtoolError: The file is damaged, or the copy cannot be written.
     """
+    export.check_output(settings.onnx, overwrite=settings.overwrite)
+    if settings.exports_alone:
+        return _exported(settings)
     table = checkpoint.read_planes(settings.target)
     if table.header.engine == "branches":
         return branch_widths.switch(settings, table)
@@ -53,12 +56,37 @@ def switch_bits(settings: SwitchBitsSettings, progress: Progress | None = None) 
     if not settings.dry_run:
         _write(settings, table, header, specs)
     summary = _summary(settings, table, header, specs)
+    if settings.onnx is not None:
+        summary["onnx"] = _export(settings, settings.onnx, header)
     return Result(
         "switch-bits",
         status="planned" if settings.dry_run else "ok",
         items=_items(header, specs, layers),
         summary=summary,
         tables=(_facts(summary),),
+    )
+
+
+def _exported(settings: SwitchBitsSettings) -> Result:
+    """Any checkpoint as ONNX, at the bits it runs at."""
+    header = checkpoint.read_header(settings.target)
+    export.check_engine(header)
+    summary: dict[str, Any] = {"path": str(settings.target), "active_bits": header.active_bits}
+    if settings.onnx is not None:
+        summary["onnx"] = _export(settings, settings.onnx, header)
+    return Result(
+        "switch-bits",
+        status="planned" if settings.dry_run else "ok",
+        summary=summary,
+        tables=(Table("Exported", ("what", "value"), export.facts(summary)),),
+    )
+
+
+def _export(settings: SwitchBitsSettings, path: Path, header: checkpoint.Header) -> dict[str, Any]:
+    if settings.dry_run:
+        return {"path": str(path), "bits": header.active_bits}
+    return export.export_file(
+        settings, settings.target, path, header=header, overwrite=settings.overwrite
     )
 
 
@@ -139,6 +167,8 @@ def _write(
     specs: Mapping[str, BitSpec],
 ) -> None:
     if settings.out is None:
+        if not settings.in_place:
+            return
         checkpoint.change_header(settings.target, header)
     elif settings.drop_unused:
         _write_fewer(settings.target, settings.out, header, specs, overwrite=settings.overwrite)
@@ -239,6 +269,7 @@ def _facts(summary: Mapping[str, Any]) -> Table:
         ("layers", ", ".join(f"{count} at {bits} bits" for bits, count in counts.items())),
         ("MB needed at these bits", round(summary["needed_bytes"] / 1e6, 2)),
         ("G bit operations a picture", round(summary["bit_operations"] / 1e9, 2)),
+        *export.facts(summary),
     ]
     return Table("Switched", ("what", "value"), facts)
 

@@ -92,6 +92,10 @@ def quantize(
         Path | None,
         option(QuantizeSettings, "out", "--out", "-o", panel=OUTPUT, metavar="FILE"),
     ] = None,
+    onnx: Annotated[
+        Path | None,
+        option(QuantizeSettings, "onnx", "--onnx", panel=OUTPUT, metavar="FILE.onnx"),
+    ] = None,
     report: Annotated[
         Path | None,
         option(QuantizeSettings, "report", "--report", panel=OUTPUT, metavar="FILE"),

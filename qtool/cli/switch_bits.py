@@ -38,6 +38,10 @@ def switch_bits(
     drop_unused: Annotated[
         bool | None, option(SwitchBitsSettings, "drop_unused", "--drop-unused", panel=OUTPUT)
     ] = None,
+    onnx: Annotated[
+        Path | None,
+        option(SwitchBitsSettings, "onnx", "--onnx", panel=OUTPUT, metavar="FILE.onnx"),
+    ] = None,
     overwrite: Annotated[
         bool | None, option(SwitchBitsSettings, "overwrite", "--overwrite", panel=OUTPUT)
     ] = None,
@@ -60,6 +64,7 @@ def register(app: typer.Typer, words: str) -> None:
             "qtool switch-bits vit.safetensors --list",
             "qtool switch-bits vit.safetensors --bits 4 --in-place",
             "qtool switch-bits vit.safetensors --budget 9MB --drop-unused -o b.safetensors",
+            "qtool switch-bits vit.safetensors --bits 4 --onnx vit.onnx",
         ),
         details="Weights are neither copied nor quantized again: only the header of the file says "
         "which of its bits count.",

@@ -40,7 +40,14 @@ def _checked_report(value: Path | None) -> Path | None:
     )
 
 
+def _checked_onnx(value: Path | None) -> Path | None:
+    if value is None or value.suffix.lower() == ".onnx":
+        return value
+    raise UsageError(f"{str(value)!r} is no name of an ONNX file", remedy="let it end in .onnx")
+
+
 Device = Annotated[str, AfterValidator(_checked_device)]
+OnnxPath = Annotated[Path | None, AfterValidator(_checked_onnx)]
 ReportPath = Annotated[Path | None, AfterValidator(_checked_report)]
 
 

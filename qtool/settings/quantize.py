@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
 from qtool.errors import UsageError
 from qtool.quant.bits import BitSpec, parse_average, parse_range, parse_rule
-from qtool.settings.base import Effort, ReportPath, WriterSettings
+from qtool.settings.base import Effort, OnnxPath, ReportPath, WriterSettings
 
 Budget = Literal["size", "macs"]
 Recipe = Literal["paper", "strong"]
@@ -106,6 +106,10 @@ class QuantizeSettings(WriterSettings):
     out: Path | None = Field(
         default=None, description="File to write; otherwise ./MODEL-BITS.safetensors."
     )
+    onnx: OnnxPath = Field(
+        default=None,
+        description="ONNX model to write as well, a name in .onnx; needs the extra onnx.",
+    )
     report: ReportPath = Field(default=None, description="Report to write: .json, .md or .html.")
     verify: bool = Field(default=True, description="Load the file again and compare its outputs.")
 
@@ -134,6 +138,10 @@ class QuantizeSettings(WriterSettings):
             raise UsageError(
                 f"{_flag(odd[0])} is for calibration; --engine branches trains instead",
                 remedy="leave it out, or take --engine nested",
+            )
+        if self.onnx is not None:
+            raise UsageError(
+                "networks of branches are not exported to ONNX", remedy="leave out --onnx"
             )
         if self.train is None:
             raise UsageError(

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
 from qtool.errors import UsageError
 from qtool.quant.bits import BitSpec, parse_width
-from qtool.settings.base import CommonSettings
+from qtool.settings.base import CommonSettings, OnnxPath
 
 
 class Budget(NamedTuple):
@@ -74,7 +74,12 @@ class SwitchBitsSettings(CommonSettings):
     drop_unused: bool = Field(
         default=False, description="Leave planes that no layer needs out of the copy."
     )
-    overwrite: bool = Field(default=False, description="Replace a copy that exists.")
+    onnx: OnnxPath = Field(
+        default=None,
+        description="ONNX model to write at these bits, a name in .onnx; without others, at those "
+        "the file runs at. Takes any checkpoint; needs the extra onnx.",
+    )
+    overwrite: bool = Field(default=False, description="Replace a copy or ONNX model that exists.")
 
     @model_validator(mode="after")
     def _one_request(self, info: ValidationInfo) -> Self:
@@ -82,24 +87,33 @@ class SwitchBitsSettings(CommonSettings):
         if not (info.context or {}).get("complete", True):
             return self
         asked = [bool(self.bits or self.layers), self.budget is not None, self.listing]
-        if asked.count(True) != 1:
+        if asked.count(True) > 1 or not (any(asked) or self.exports_alone):
             raise UsageError(
                 f"{'several things' if any(asked) else 'nothing'} asked for",
-                remedy="give --list, --budget, or --bits and --layers",
+                remedy="give --list, --budget, or --bits and --layers; or --onnx FILE",
             )
         writes = [self.in_place, self.out is not None].count(True)
-        if self.listing and (writes or self.drop_unused):
-            raise UsageError("--list writes nothing", remedy="leave out -o and --in-place")
-        if not self.listing and writes != 1:
+        if self.listing and (writes or self.drop_unused or self.onnx):
+            raise UsageError("--list writes nothing", remedy="leave out -o, --in-place and --onnx")
+        if self.drop_unused and not writes:
+            raise UsageError("--drop-unused makes another file", remedy="give -o FILE as well")
+        if not self.listing and writes != 1 and (writes or self.onnx is None):
             raise UsageError(
                 "it is not clear where the change goes" if writes == 0 else "two places are given",
-                remedy="give -o FILE for a copy, or --in-place to change the file's header",
+                remedy="give -o FILE for a copy, --in-place to change the file's header, or "
+                "--onnx FILE for an ONNX model",
             )
         if self.drop_unused and self.in_place:
             raise UsageError(
                 "--drop-unused makes another file", remedy="give -o FILE instead of --in-place"
             )
         return self
+
+    @property
+    def exports_alone(self) -> bool:
+        """Whether an ONNX model is all that is asked for, at the bits the file runs at."""
+        writes = self.in_place or self.out is not None
+        return self.onnx is not None and not (writes or self.bits or self.layers or self.budget)
 
     @property
     def rules(self) -> tuple[tuple[str, BitSpec], ...]:

@@ -102,6 +102,7 @@ def test_a_budget_picks_the_widest_width_that_fits(branch_file):
     [
         ({"bits": "w4a6"}, "cannot run at w4a6"),
         ({"layers": ("layer1.*=4",)}, "one width as a whole"),
+        ({"bits": "4", "onnx": Path("b.onnx")}, "not exported to ONNX"),
         ({"bits": "4", "drop_unused": True, "out": Path("c")}, "one width as a whole"),
     ],
 )
@@ -109,6 +110,14 @@ def test_what_branches_cannot_do_is_refused(branch_file, options, words):
     with pytest.raises(UsageError, match=words) as caught:
         switch(branch_file, **({"in_place": True} if "out" not in options else {}), **options)
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize("bits", [None, "4"])
+def test_an_export_alone_is_refused_and_changes_nothing(branch_file, bits):
+    before = branch_file.read_bytes()
+    with pytest.raises(UsageError, match="not exported to ONNX"):
+        switch(branch_file, bits=bits, onnx=Path("b.onnx"))
+    assert branch_file.read_bytes() == before
 
 
 def test_widths_are_evaluated_side_by_side(branch_file, colours):

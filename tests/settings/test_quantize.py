@@ -73,6 +73,7 @@ def test_a_list_of_widths_names_the_file():
         ({"effort": "max"}, "--effort is for calibration"),
         ({"steps": 3}, "--steps is for calibration"),
         ({"count": 3}, "--count is for calibration"),
+        ({"onnx": "b.onnx"}, "not exported to ONNX"),
         ({"keep": ("a=8",)}, "--keep is for calibration"),
         ({"skip": ("a",)}, "--skip is for calibration"),
         ({"ablate": ("prefix", "one-set")}, "no branches for prefix"),

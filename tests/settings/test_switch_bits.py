@@ -85,3 +85,24 @@ def test_a_width_may_be_bits_of_weights_alone():
     assert settings(bits="w4a4", out=Path("copy.safetensors"), drop_unused=True).bits == "w4a4"
     with pytest.raises(UsageError):
         settings(bits="1", in_place=True)
+
+
+def test_an_onnx_model_is_a_place_of_its_own():
+    assert settings(onnx=Path("m.onnx")).exports_alone
+    assert not settings(onnx=Path("m.onnx"), bits="4").exports_alone
+    assert not settings(onnx=Path("m.onnx"), bits="4", in_place=True).exports_alone
+    for options in (
+        {"onnx": Path("m.onnx"), "listing": True},
+        {"onnx": Path("m.onnx"), "bits": "4", "drop_unused": True},
+        {"onnx": Path("m.onnx"), "in_place": True},
+        {"onnx": Path("m.onnx"), "bits": "4", "in_place": True, "out": Path("b.safetensors")},
+    ):
+        with pytest.raises(UsageError):
+            settings(**options)
+
+
+@pytest.mark.parametrize("name", ["model", "model.safetensors", "onnx"])
+def test_an_onnx_model_is_known_by_its_name(name):
+    with pytest.raises(UsageError, match="is no name of an ONNX file") as caught:
+        settings(onnx=Path(name))
+    assert ".onnx" in caught.value.remedy
