@@ -123,7 +123,6 @@ def register(app: typer.Typer, words: str) -> None:
         examples=(
             "qtool quantize demo_vit --bits w4a4 --data-free",
             "qtool quantize vit_b -b w4a8 --calib photos/ --keep 'head=8'",
-            "qtool quantize deit_t --synthetic pictures/ --report report.html",
             "qtool quantize resnet18 -b any:2-8 --engine branches --train classes/",
             "qtool quantize bandgate -b w8a8 --data-free",
         ),

@@ -373,8 +373,9 @@ def test_convolutional_networks_equal_their_simulation(
     convolutions = [m for m in model.modules() if isinstance(m, QuantConv2d)]
     assert ran.count("conv2d") == len(convolutions) > 0
     if bits == "w8a8":
-        assert max(record.before for record in records) < 0.05
-        assert float((expected[0] - target).norm() / target.norm()) < 0.25
+        # Random depthwise layers, stacked, make much of little; other families stay below 0.002.
+        assert max(record.before for record in records) < (0.1 if family == "mobilenet" else 0.002)
+        assert float((expected[0] - target).norm() / target.norm()) < 0.3
 
 
 @pytest.mark.parametrize("family", FAMILIES)
