@@ -109,10 +109,11 @@ def check_engine(header: checkpoint.Header) -> None:
     """Refuse a checkpoint whose layers have no form in ONNX here.
 
     Raises:
-        UsageError: It is a network of branches.
+        UsageError: It is a network of branches, or restores pictures.
     """
-    if header.engine == "branches":
-        raise UsageError("networks of branches are not exported to ONNX", remedy="leave out --onnx")
+    kind = "networks of branches" if header.engine == "branches" else "demoire networks"
+    if header.engine == "branches" or header.task == "restoration":
+        raise UsageError(f"{kind} are not exported to ONNX", remedy="leave out --onnx")
 
 
 def export_file(

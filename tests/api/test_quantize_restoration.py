@@ -14,6 +14,7 @@ from qtool.api import quantize_restoration
 from qtool.api.demoire import network as networks
 from qtool.api.evaluate import evaluate
 from qtool.api.models import info
+from qtool.api.switch_bits import switch_bits
 from qtool.errors import CheckpointError, MissingError, QtoolError, UsageError
 from qtool.io import checkpoint
 from qtool.io.cache import sha256_file
@@ -24,6 +25,7 @@ from qtool.settings.demoire import DemoireSettings
 from qtool.settings.evaluate import EvaluateSettings
 from qtool.settings.models import InfoSettings
 from qtool.settings.quantize import QuantizeSettings
+from qtool.settings.switch_bits import SwitchBitsSettings
 
 OUT = Path("q.safetensors")
 TINY = {"encoder_width": 4, "decoder_width": 4, "growth": 4}
@@ -225,3 +227,12 @@ def test_files_of_the_wrong_kind_are_refused(quantize_network, quantize, gates, 
         evaluate(EvaluateSettings(target=str(gates), device="cpu"))
     with pytest.raises(CheckpointError, match=r"quantized classifier \(demo_vit"):
         networks.open_network(DemoireSettings(out="x", weights=Path("classes.safetensors")))
+
+
+def test_nothing_is_exported_to_onnx(quantize_network, gates):
+    pytest.importorskip("onnx")
+    quantize_network(gates, out=OUT)
+    settings = SwitchBitsSettings.build({"target": OUT, "onnx": Path("out.onnx"), "device": "cpu"})
+    with pytest.raises(UsageError, match="demoire networks are not exported"):
+        switch_bits(settings)
+    assert not Path("out.onnx").exists()
