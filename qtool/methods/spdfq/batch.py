@@ -39,8 +39,8 @@ BRIGHTNESS, CONTRAST = 0.45, 0.25
 """Mean and standard deviation of the pixels SPDFQ starts from, of 0..1; about a photograph's."""
 
 _CHECKPOINT_EVERY = 50
-_CHUNK = 8
-"""Images per forward pass on a CPU, where the activations of more would not fit its cache."""
+_CHUNK_PIXELS = 8 * 224 * 224
+"""Pixels per forward pass on a CPU, where the activations of more would not fit its cache."""
 
 _SEED_STRIDE = 1_000_003
 
@@ -276,7 +276,8 @@ class BatchSynthesizer:
         # The batch's own statistics need the whole batch.
         small = self.device.type == "cpu" and not self._norms
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bfloat16):
-            logits = [self.model(part) for part in images.split(_CHUNK if small else len(images))]
+            chunk = max(1, _CHUNK_PIXELS // images[0, 0].numel()) if small else len(images)
+            logits = [self.model(part) for part in images.split(chunk)]
         return torch.cat(logits).float()
 
     def _draw_priors(self, attention: list[Tensor]) -> None:

@@ -292,7 +292,7 @@ def test_passes_of_few_images_give_what_one_pass_gives(request, monkeypatch, mod
     network = sharpened(request.getfixturevalue(model))
     found = []
     for chunk in (2, 100):
-        monkeypatch.setattr(batches, "_CHUNK", chunk)
+        monkeypatch.setattr(batches, "_CHUNK_PIXELS", chunk * 32 * 32)
         maker = batch(network, count=5, **config)
         record = maker.step()
         found.append((record, maker.pixels.grad.clone()))
