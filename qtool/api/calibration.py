@@ -16,9 +16,9 @@ from qtool.api.synthesize import (
     STEPS,
     TENSORS,
     ResumableSynthesis,
+    estimated_seconds,
     read_tensor_file,
     synthesis_config,
-    typical_patches,
     write_tensors,
 )
 from qtool.errors import CheckpointError, Progress, QtoolError, UsageError
@@ -128,19 +128,22 @@ def gather(
 
 def _announce(settings: QuantizeSettings) -> None:
     """Say before a long synthesis how long it will take, and what would be quicker."""
+    if settings.effort == "quick":
+        return
     estimate = Estimate(settings.model, weights=settings.weights, device=settings.device)
-
-    def minutes(effort: str) -> float:
-        patches = typical_patches("spdfq", effort, settings.count)
-        seconds = estimate.synthesis(count=settings.count, patches=patches, steps=STEPS[effort])
-        return seconds / 60
-
-    if settings.effort != "quick" and minutes(settings.effort) > LONG_MINUTES:
+    minutes, quick = (
+        estimated_seconds(
+            estimate, method="spdfq", effort=effort, count=settings.count, steps=STEPS[effort]
+        )
+        / 60
+        for effort in (settings.effort, "quick")
+    )
+    if minutes > LONG_MINUTES:
         notice.warning(
             "making the images will take about %.0f minutes on this machine; --effort quick takes "
             "about %.0f",
-            minutes(settings.effort),
-            minutes("quick"),
+            minutes,
+            quick,
         )
 
 

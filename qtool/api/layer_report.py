@@ -25,6 +25,11 @@ def shown(error: float | None) -> str:
     return "" if error is None else f"{100 * error:.2f} %"
 
 
+def shown_size(summary: Mapping[str, Any]) -> str:
+    """Size of a written file beside that of its float model, for people."""
+    return f"{summary['bytes'] / 1e6:.2f} MB (float {summary['float_bytes'] / 1e6:.2f} MB)"
+
+
 def sqnr(error: float) -> float:
     """Signal-to-quantization-noise ratio in decibels of a relative squared error."""
     return -10.0 * math.log10(max(error, 1e-30))

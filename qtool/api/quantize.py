@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtool import __version__
 from qtool.api import (
     calibration,
     export,
@@ -25,9 +24,9 @@ from qtool.api.attention_sheet import attention_png
 from qtool.api.estimate import Estimate
 from qtool.api.load import restore
 from qtool.api.parallel import torchrun_group
-from qtool.api.quantized_header import compressed_tensors, layer_bits
+from qtool.api.quantized_header import calibrated_provenance, compressed_tensors, layer_bits
 from qtool.api.runtime import bfloat16_is_faster, check_report, prepare, write_report
-from qtool.api.synthesize import STEPS, denormalised, sheet_png, typical_patches
+from qtool.api.synthesize import STEPS, denormalised, estimated_seconds, sheet_png
 from qtool.errors import Progress, QtoolError, UsageError
 from qtool.io import checkpoint, folders
 from qtool.methods.spdfq.reconstruction import (
@@ -129,9 +128,11 @@ def plan(settings: QuantizeSettings) -> Result:
             count=settings.count, steps=summary["reconstruction_steps"]
         )
         if settings.data_free:
-            seconds += estimate.synthesis(
+            seconds += estimated_seconds(
+                estimate,
+                method="spdfq",
+                effort=settings.effort,
                 count=settings.count,
-                patches=typical_patches("spdfq", settings.effort, settings.count),
                 steps=summary["synthesis_steps"],
             )
         summary["estimated_seconds"] = round(seconds)
@@ -311,18 +312,9 @@ def _header(
         active_bits=settings.bits,
         layers=layer_bits(plans),
         quantization_config=compressed_tensors(plans, skip=settings.skip),
-        provenance={
-            "qtool": __version__,
-            "method": made.method,
-            "paper": PAPER,
-            "recipe": settings.recipe,
-            "effort": settings.effort,
-            "seed": settings.seed,
-            "count": len(made.pixels),
-            "source": opened.name,
-            "weights_source": opened.weights_source,
-            "weights_sha256": opened.weights_sha256,
-        },
+        provenance=calibrated_provenance(
+            settings, opened, method=made.method, paper=PAPER, count=len(made.pixels)
+        ),
     )
 
 
@@ -357,10 +349,9 @@ def _verify(path: Path, output: Path, sample: Tensor, expected: Tensor) -> dict[
 def _tables(
     summary: Mapping[str, Any], layers: list[dict[str, Any]], units: list[UnitRecord]
 ) -> tuple[Table, ...]:
-    size = f"{summary['bytes'] / 1e6:.2f} MB (float {summary['float_bytes'] / 1e6:.2f} MB)"
     facts: list[tuple[str, Any]] = [
         ("file", summary["output"]),
-        ("size", size),
+        ("size", layer_report.shown_size(summary)),
         ("calibration", f"{summary['count']} images, {summary['calibration']}"),
         *([("mean bits", f"{summary['mean_bits']:.2f}")] if "mean_bits" in summary else []),
         ("agreement with float on them", f"{summary['calibration_agreement']:.1%}"),

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtool import __version__
 from qtool.api import calibration, export, layer_report
 from qtool.api.load import restore
 from qtool.api.nested_model import choose_bits
+from qtool.api.quantized_header import calibrated_provenance
 from qtool.api.runtime import notice, write_report
 from qtool.api.synthesize import denormalised, sheet_png
 from qtool.errors import Progress, QtoolError, UsageError
@@ -333,18 +333,13 @@ def _header(
             "quantization_status": "compressed",
             "ignore": list(settings.skip),
         },
-        provenance={
-            "qtool": __version__,
-            "method": f"{METHOD}, calibrated on {made.method}",
-            "paper": PAPER,
-            "recipe": settings.recipe,
-            "effort": settings.effort,
-            "seed": settings.seed,
-            "count": len(made.pixels),
-            "source": opened.name,
-            "weights_source": opened.weights_source,
-            "weights_sha256": opened.weights_sha256,
-        },
+        provenance=calibrated_provenance(
+            settings,
+            opened,
+            method=f"{METHOD}, calibrated on {made.method}",
+            paper=PAPER,
+            count=len(made.pixels),
+        ),
         nested=checkpoint.NestedWidths(
             weight_bits=list(offer.weight),
             activation_bits=list(offer.activation),
@@ -388,11 +383,10 @@ def _tables(
     records: list[NestedRecord],
     offer: Offer,
 ) -> tuple[Table, ...]:
-    size = f"{summary['bytes'] / 1e6:.2f} MB (float {summary['float_bytes'] / 1e6:.2f} MB)"
     agreement = summary["calibration_agreement"]
     facts: list[tuple[str, Any]] = [
         ("file", summary["output"]),
-        ("size, all widths", size),
+        ("size, all widths", layer_report.shown_size(summary)),
         ("weight bits", ", ".join(map(str, offer.weight))),
         ("calibration", f"{summary['count']} images, {summary['calibration']}"),
         *((f"agreement with float, {spec}", f"{share:.1%}") for spec, share in agreement.items()),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qtool import __version__
-from qtool.api import branch_data, branch_model, branch_widths
+from qtool.api import branch_data, branch_model, branch_widths, layer_report
 from qtool.api.branch_run import BranchRun, float_accuracy
 from qtool.api.estimate import Estimate
 from qtool.api.load import restore
@@ -267,11 +267,10 @@ def _items(path: Path, run: BranchRun) -> list[dict[str, Any]]:
 
 
 def _tables(summary: dict[str, Any], items: list[dict[str, Any]]) -> tuple[Table, ...]:
-    size = f"{summary['bytes'] / 1e6:.2f} MB (float {summary['float_bytes'] / 1e6:.2f} MB)"
     pictures = summary["pictures"]
     facts: list[tuple[str, Any]] = [
         ("file", summary["output"]),
-        ("size, all widths", size),
+        ("size, all widths", layer_report.shown_size(summary)),
         ("trained on", f"{pictures['train']} pictures, {len(summary['epochs'])} epochs"),
         ("measured on", f"{pictures['held_out']} held-out pictures"),
         ("float top-1 there", f"{summary['float_top1']:.1f} %"),

@@ -373,10 +373,9 @@ def _verify(
 def _tables(
     summary: Mapping[str, Any], layers: list[dict[str, Any]], units: list[UnitRecord]
 ) -> tuple[Table, ...]:
-    size = f"{summary['bytes'] / 1e6:.2f} MB (float {summary['float_bytes'] / 1e6:.2f} MB)"
     facts: list[tuple[str, Any]] = [
         ("file", summary["output"]),
-        ("size", size),
+        ("size", layer_report.shown_size(summary)),
         ("calibration", f"{summary['count']} pictures, {summary['calibration']}"),
         ("PSNR to float on them", f"{summary['calibration_psnr_to_float']:.1f} dB"),
     ]

@@ -1,12 +1,15 @@
-"""What the header of a checkpoint says about its layers."""
+"""What the header of a checkpoint says about its layers and where they come from."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qtool import __version__
 from qtool.io import checkpoint
+from qtool.models import vision
 from qtool.quant.plan import LayerPlan
+from qtool.settings.quantize import QuantizeSettings
 
 
 def layer_bits(plans: Mapping[str, LayerPlan]) -> dict[str, checkpoint.LayerBits]:
@@ -19,6 +22,32 @@ def layer_bits(plans: Mapping[str, LayerPlan]) -> dict[str, checkpoint.LayerBits
             options=plan.options(),
         )
         for name, plan in plans.items()
+    }
+
+
+def calibrated_provenance(
+    settings: QuantizeSettings, opened: vision.OpenedModel, *, method: str, paper: str, count: int
+) -> dict[str, Any]:
+    """Where a calibrated classifier comes from, and how it was made.
+
+    Args:
+        settings: The request.
+        opened: The float model.
+        method: Where the calibration images came from, and what was done with them.
+        paper: Publication of the method.
+        count: Number of calibration images.
+    """
+    return {
+        "qtool": __version__,
+        "method": method,
+        "paper": paper,
+        "recipe": settings.recipe,
+        "effort": settings.effort,
+        "seed": settings.seed,
+        "count": count,
+        "source": opened.name,
+        "weights_source": opened.weights_source,
+        "weights_sha256": opened.weights_sha256,
     }
 
 

@@ -79,12 +79,13 @@ def synthesis_config(
     )
 
 
-def typical_patches(method: Method, effort: str, count: int) -> int:
-    """About how many blown-up patches go through the network beside `count` images in a step."""
-    if method != "spdfq":
-        return 0
+def estimated_seconds(
+    estimate: Estimate, *, method: Method, effort: str, count: int, steps: int
+) -> float:
+    """About how long `count` images take, with the patches that go through beside them."""
     # One to four squares an image, 2.5 on average.
-    return round(2.5 * count) if effort == ALL_PATCHES else count
+    patches = round(2.5 * count) if effort == ALL_PATCHES else count
+    return estimate.synthesis(count=count, patches=patches if method == "spdfq" else 0, steps=steps)
 
 
 class ResumableSynthesis:
@@ -255,8 +256,13 @@ def plan_images(settings: SynthesizeSettings) -> Result:
     }
     estimate = Estimate(settings.model, weights=settings.weights, device=settings.device)
     if estimate.forward is not None:
-        patches = typical_patches(settings.method, settings.effort, settings.count)
-        seconds = estimate.synthesis(count=settings.count, patches=patches, steps=steps)
+        seconds = estimated_seconds(
+            estimate,
+            method=settings.method,
+            effort=settings.effort,
+            count=settings.count,
+            steps=steps,
+        )
         summary["estimated_seconds"] = round(seconds)
     return Result("synthesize images", status="planned", summary=summary)
 

@@ -1,8 +1,7 @@
-"""Where interim results live, and hashes of files."""
+"""Where interim results live."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 
@@ -14,9 +13,3 @@ def cache_dir() -> Path:
     """
     chosen = os.environ.get("QTOOL_CACHE", "").strip()
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "qtool"
-
-
-def sha256_file(path: Path) -> str:
-    """The SHA-256 of a file's bytes, 64 hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

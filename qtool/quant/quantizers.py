@@ -22,7 +22,16 @@ _LOG2_CANDIDATES = (1.0, 0.9999, 0.999, 0.99, 0.97, 0.95)
 _SQRT_HALF_CARRY = 0x800000 - 0x3504F4
 
 
-class _UniformLevels(torch.autograd.Function):
+class _Levels(torch.autograd.Function):
+    """Snapping whose gradient passes where `_save_passing` said, over the scale."""
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:  # noqa: ANN401
+        passing, scale = ctx.saved_tensors
+        return (gradient * passing).div_(scale), None, None, None, None
+
+
+class _UniformLevels(_Levels):
     """Snap to integers less the zero point; the gradient passes inside the range of codes."""
 
     @staticmethod
@@ -40,13 +49,8 @@ class _UniformLevels(torch.autograd.Function):
         _save_passing(ctx, levels == codes, unrounded, scale)
         return _with_unrounded(levels.sub_(zero), unrounded, ratio)
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:  # noqa: ANN401
-        passing, scale = ctx.saved_tensors
-        return (gradient * passing).div_(scale), None, None, None, None
 
-
-class _TableLevels(torch.autograd.Function):
+class _TableLevels(_Levels):
     """Look up the level of a fine code; the gradient passes inside the range of the fine grid."""
 
     @staticmethod
@@ -64,11 +68,6 @@ class _TableLevels(torch.autograd.Function):
         _save_passing(ctx, fine == codes, unrounded, scale)
         levels = (table - zero).index_select(0, fine.int().flatten()).view(x.shape)
         return _with_unrounded(levels, unrounded, ratio)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:  # noqa: ANN401
-        passing, scale = ctx.saved_tensors
-        return (gradient * passing).div_(scale), None, None, None, None
 
 
 def _save_passing(ctx: Any, inside: Tensor, unrounded: Tensor | None, scale: Tensor) -> None:  # noqa: ANN401
@@ -225,7 +224,7 @@ def sampled_rows(x: Tensor, *, values: int = 4 * _SAMPLE) -> tuple[Tensor, Tenso
     wanted = max(64, values // x.shape[-1])
     if len(rows) <= wanted:
         return rows.float(), torch.ones(len(rows), device=rows.device)
-    extremes = torch.maximum(rows.amax(dim=1), -rows.amin(dim=1)).topk(wanted // 4).indices
+    extremes = rows.abs().amax(dim=1).topk(wanted // 4).indices
     rest = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
     rest[extremes] = False
     others = rest.nonzero()[:, 0]

@@ -6,6 +6,9 @@ that `freeze()` changes where the arithmetic runs and not what comes out.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -49,6 +52,21 @@ class SimulatedLayer(nn.Module):
     def calibrate(self) -> None:
         """Choose scales from what was seen, then forget it."""
         raise TypeError(f"{type(self).__name__} has nothing to calibrate")
+
+
+@contextmanager
+def dropping(
+    layers: Sequence[SimulatedLayer], share: float, *, seed: int, device: torch.device
+) -> Iterator[None]:
+    """Leave a share of activations unrounded in training steps inside a `with` block (QDrop)."""
+    for layer in layers:
+        layer.drop = share
+        layer.generator = torch.Generator(device).manual_seed(seed)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.drop, layer.generator = 0.0, None
 
 
 class SimulatedLinear(SimulatedLayer):

@@ -19,9 +19,9 @@ from qtool.errors import (
     UsageError,
 )
 from qtool.io import checkpoint
-from qtool.io.cache import cache_dir, sha256_file
+from qtool.io.cache import cache_dir
 from qtool.methods.spdfq import batch as batches
-from qtool.models import vision
+from qtool.models import sources, vision
 from qtool.quant.layers import QuantConv2d
 from qtool.settings.quantize import QuantizeSettings
 from qtool.settings.synthesize import SynthesizeSettings
@@ -115,7 +115,7 @@ def test_the_header_says_where_the_weights_came_from(quantize, demo):
     quantize(demo, out=OUT, bits="w3a4", seed=11, effort="max", skip=("head",))
     header = checkpoint.read_header(OUT)
     provenance = header.provenance
-    assert provenance["weights_sha256"] == sha256_file(Path(demo))
+    assert provenance["weights_sha256"] == sources.sha256(Path(demo))
     assert provenance["weights_source"] == provenance["source"] == demo
     assert (provenance["seed"], provenance["effort"]) == (11, "max")
     assert provenance["method"] == "real images"

@@ -17,9 +17,8 @@ from qtool.api.models import info
 from qtool.api.switch_bits import switch_bits
 from qtool.errors import CheckpointError, MissingError, QtoolError, UsageError
 from qtool.io import checkpoint
-from qtool.io.cache import sha256_file
 from qtool.io.container import write_container
-from qtool.models import demoire, demoire_weights
+from qtool.models import demoire, demoire_weights, sources
 from qtool.quant.layers import QuantConv2d
 from qtool.settings.demoire import DemoireSettings
 from qtool.settings.evaluate import EvaluateSettings
@@ -61,7 +60,7 @@ def test_a_network_is_quantized_on_simulated_moire(quantize_network, gates):
         "bandgate",
         {"octaves": 2, "width": 8},
     )
-    assert header.provenance["weights_sha256"] == sha256_file(gates)
+    assert header.provenance["weights_sha256"] == sources.sha256(gates)
     assert header.provenance["weights_provenance"] == {"licence": "of the test"}
     assert {item["layer"] for item in result.items} == set(header.layers)
     assert {item["backend"] for item in result.items} == {"cpu"}

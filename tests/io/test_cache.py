@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import hashlib
-
-from qtool.io.cache import cache_dir, sha256_file
+from qtool.io.cache import cache_dir
 
 
 def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):
@@ -12,9 +10,3 @@ def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("QTOOL_CACHE")
     assert cache_dir() == tmp_path / ".cache" / "qtool"
     assert not cache_dir().exists()
-
-
-def test_sha256_file(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"x" * 1_000_000)
-    assert sha256_file(path) == hashlib.sha256(b"x" * 1_000_000).hexdigest()

@@ -7,7 +7,12 @@ from torch import nn
 from qtool.engine import dispatch
 from qtool.quant.layers import QuantLinear
 from qtool.quant.plan import LayerPlan
-from qtool.quant.simulation import SimulatedLayer, SimulatedLinear, SimulatedProducts
+from qtool.quant.simulation import (
+    SimulatedLayer,
+    SimulatedLinear,
+    SimulatedProducts,
+    dropping,
+)
 
 WIDTHS = range(2, 9)
 EXACT_BACKENDS = ("auto", "reference")
@@ -158,3 +163,16 @@ def test_constant_inputs_keep_their_values(value):
 def test_a_layer_without_calibration_says_so():
     with pytest.raises(TypeError, match="SimulatedLayer has nothing to calibrate"):
         SimulatedLayer(LayerPlan("linear", 4, 4)).calibrate()
+
+
+def test_activations_are_left_unrounded_inside_the_block_alone():
+    layers = [SimulatedLinear(nn.Linear(4, 4), LayerPlan("linear", 4, 4)) for _ in range(2)]
+    x = torch.zeros(64, 64)
+    with dropping(layers, 0.5, seed=3, device=x.device):
+        first, second = (layer.unrounded(x) for layer in layers)
+        assert torch.equal(first, second)
+        assert 0.4 < float(first.float().mean()) < 0.6
+        with torch.no_grad():
+            assert layers[0].unrounded(x) is None
+    assert [layer.unrounded(x) for layer in layers] == [None, None]
+    assert [layer.generator for layer in layers] == [None, None]

@@ -12,8 +12,8 @@ from pathlib import Path
 from qtool.errors import UsageError
 from qtool.io import folders, journal, photos
 from qtool.io.atomic import output_exists
-from qtool.io.cache import sha256_file
 from qtool.io.photos import Kind
+from qtool.models.sources import sha256
 from qtool.settings.demoire import DemoireSettings
 
 STREAM = "-"
@@ -83,7 +83,7 @@ def settings_hash(settings: DemoireSettings, weights_sha256: str) -> str:
         },
         mode="json",
     )
-    mask = sha256_file(settings.mask) if settings.mask is not None else ""
+    mask = sha256(settings.mask) if settings.mask is not None else ""
     text = repr((sorted(shaping.items()), weights_sha256, mask))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -285,6 +285,6 @@ def _is_outdated(job: Job, record: journal.Record, settings_sha256: str) -> bool
         return False
     same = (record.settings_sha256, record.input_sha256) == (
         settings_sha256,
-        sha256_file(job.source),
+        sha256(job.source),
     )
-    return not same and sha256_file(job.output) == record.output_sha256
+    return not same and sha256(job.output) == record.output_sha256

@@ -15,7 +15,6 @@ from qtool.api.load import restore
 from qtool.api.runtime import bfloat16_is_faster, notice
 from qtool.errors import CheckpointError, MissingError, UsageError
 from qtool.io import checkpoint
-from qtool.io.cache import sha256_file
 from qtool.methods.undem.restoration import Restorer
 from qtool.models import demoire, demoire_weights, sources
 from qtool.models.demoire_weights import DemoireNetwork
@@ -111,7 +110,7 @@ def _quantized(path: Path, *, name: str | None, arguments: Mapping[str, Any]) ->
         module=module,
         arguments=own,
         provenance=header.provenance,
-        sha256=sha256_file(path),
+        sha256=sources.sha256(path),
         size_multiple=int(module.size_multiple),  # type: ignore[arg-type]
         residual=bool(module.residual),
         bits=header.active_bits,
@@ -187,4 +186,4 @@ def weights_sha256(settings: DemoireSettings) -> str:
     path = weights_path(settings)
     if not path.is_file():
         raise CheckpointError(f"{path} is not a file", remedy="check the path given to --weights")
-    return sha256_file(path)
+    return sources.sha256(path)

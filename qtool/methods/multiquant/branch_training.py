@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qtool.methods.multiquant.branches import BranchedClassifier
 from qtool.methods.multiquant.distillation import loss_weight, teacher_of, width_loss
+from qtool.methods.training_state import load_optimizer_state, optimizer_state, under
 
 _NETWORK, _STEP = "network/", "step"
 _MOMENTUM = 0.9
@@ -137,30 +138,15 @@ class BranchTrainer:
         """All that a later run needs to go on as if never stopped."""
         tensors = {f"{_NETWORK}{k}": v for k, v in self.network.state_dict().items()}
         for name, optimizer in self.optimizers.items():
-            for index, slots in optimizer.state_dict()["state"].items():
-                tensors |= {
-                    f"{name}/{index}/{slot}": value
-                    for slot, value in slots.items()
-                    if isinstance(value, Tensor)
-                }
+            tensors |= optimizer_state(optimizer, f"{name}/")
         tensors[_STEP] = torch.tensor([self.step_index])
         return {name: value.detach().cpu() for name, value in tensors.items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take up what `state` returned, for the same network and configuration."""
-
-        def under(prefix: str) -> dict[str, Tensor]:
-            return {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
-
-        self.network.load_state_dict(under(_NETWORK))
+        self.network.load_state_dict(under(_NETWORK, state))
         for name, optimizer in self.optimizers.items():
-            slots: dict[int, dict[str, Tensor]] = {}
-            for key, value in under(f"{name}/").items():
-                index, _, slot = key.partition("/")
-                slots.setdefault(int(index), {})[slot] = value
-            whole = optimizer.state_dict()
-            whole["state"] = slots
-            optimizer.load_state_dict(whole)
+            load_optimizer_state(optimizer, f"{name}/", state)
         self.step_index = int(state[_STEP])
 
 

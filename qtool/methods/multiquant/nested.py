@@ -30,6 +30,7 @@ from qtool.quant.bits import BitSpec
 from qtool.quant.nested_simulation import SimulatedNested, SimulatedNestedProducts
 from qtool.quant.plan import LayerPlan, Quantizer, replace_module
 from qtool.quant.reparametrisation import fold_into_norm
+from qtool.quant.simulation import dropping
 from qtool.quant.widths import Offer
 
 RANGE_IMAGES = 32
@@ -312,32 +313,29 @@ def _train(
     peaks = (config.learning_rate, config.scale_rate)
     device = expected.device
     generator = torch.Generator().manual_seed(config.seed)
-    for layer in layers:
-        layer.drop = config.drop
-        layer.generator = torch.Generator(device).manual_seed(config.seed)
     unit, kwargs = streams[0].model.get_submodule(name), streams[0].calls[name].kwargs
     power = float(expected.square().mean())
     groups = _halves(streams)
-    for step in range(config.steps):
-        decay = 0.5 * (1.0 + math.cos(math.pi * step / config.steps))
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * decay
-        chosen = torch.randperm(len(expected), generator=generator)[: config.batch_size].to(device)
-        optimizer.zero_grad()
-        for group_of_streams in groups:
-            draw = int(torch.randint(len(group_of_streams), (1,), generator=generator))
-            number = group_of_streams[draw]
-            stream = streams[number]
-            with stream.running():
-                output = unit(inputs[number][chosen], **kwargs)
-            share = max(errors[str(stream.spec)], 1e-8) * power
-            ((output - expected[chosen]).square().mean() / share).backward()
-        optimizer.step()
+    with dropping(layers, config.drop, seed=config.seed, device=device):
+        for step in range(config.steps):
+            decay = 0.5 * (1.0 + math.cos(math.pi * step / config.steps))
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * decay
+            order = torch.randperm(len(expected), generator=generator)
+            chosen = order[: config.batch_size].to(device)
+            optimizer.zero_grad()
+            for group_of_streams in groups:
+                draw = int(torch.randint(len(group_of_streams), (1,), generator=generator))
+                number = group_of_streams[draw]
+                stream = streams[number]
+                with stream.running():
+                    output = unit(inputs[number][chosen], **kwargs)
+                share = max(errors[str(stream.spec)], 1e-8) * power
+                ((output - expected[chosen]).square().mean() / share).backward()
+            optimizer.step()
     for parameter in (*gains, *others):
         parameter.requires_grad_(False)
         parameter.grad = None
-    for layer in layers:
-        layer.drop, layer.generator = 0.0, None
 
 
 def _halves(streams: Sequence[Stream]) -> list[list[int]]:

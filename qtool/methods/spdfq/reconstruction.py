@@ -24,7 +24,7 @@ from qtool.models.vision import AttentionSite, Layout
 from qtool.quant.attention import ATTENTION_CLASSES
 from qtool.quant.convolution import SimulatedConv2d
 from qtool.quant.plan import LayerPlan, replace_module
-from qtool.quant.simulation import SimulatedLayer, SimulatedLinear, SimulatedProducts
+from qtool.quant.simulation import SimulatedLayer, SimulatedLinear, SimulatedProducts, dropping
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -240,23 +240,19 @@ def _train(
         parameter.requires_grad_(True)
     optimizer = torch.optim.Adam(trained, lr=config.learning_rate)
     generator = torch.Generator().manual_seed(config.seed)
-    for layer in layers:
-        layer.drop = config.drop
-        layer.generator = torch.Generator(x.device).manual_seed(config.seed)
-    for step in range(config.steps):
-        rate = 0.5 * config.learning_rate * (1.0 + math.cos(math.pi * step / config.steps))
-        optimizer.param_groups[0]["lr"] = rate
-        chosen = torch.randperm(len(x), generator=generator)[: config.batch_size].to(x.device)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=config.bfloat16):
-            output = unit(x[chosen], **kwargs)
-        loss = (output.float() - target[chosen]).square().flatten(1).sum(dim=1).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    with dropping(layers, config.drop, seed=config.seed, device=x.device):
+        for step in range(config.steps):
+            rate = 0.5 * config.learning_rate * (1.0 + math.cos(math.pi * step / config.steps))
+            optimizer.param_groups[0]["lr"] = rate
+            chosen = torch.randperm(len(x), generator=generator)[: config.batch_size].to(x.device)
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=config.bfloat16):
+                output = unit(x[chosen], **kwargs)
+            loss = (output.float() - target[chosen]).square().flatten(1).sum(dim=1).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
     for parameter in trained:
         parameter.requires_grad_(False)
-    for layer in layers:
-        layer.drop, layer.generator = 0.0, None
 
 
 def reconstruct(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qtool.errors import QtoolError
+from qtool.methods.training_state import load_optimizer_state, optimizer_state, under
 from qtool.methods.undem.batches import cropped
 from qtool.methods.undem.capture import Draw
 from qtool.methods.undem.generator import (
@@ -264,8 +265,7 @@ class MoireSynthesizer:
             for name, value in network.state_dict().items()
         }
         for part, optimizer in (("painting", self.painting), ("judging", self.judging)):
-            for index, slots in optimizer.state_dict()["state"].items():
-                tensors |= {f"{part}/{index}/{name}": value for name, value in slots.items()}
+            tensors |= optimizer_state(optimizer, f"{part}/")
         if self.buffer.stored:
             tensors[_BUFFER] = torch.stack(self.buffer.stored)
         tensors[_RANDOM] = self.random.get_state()
@@ -279,18 +279,9 @@ class MoireSynthesizer:
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take up what `state` returned, for the same patches and configuration."""
         for part, network in self._networks().items():
-            prefix = f"{part}/"
-            network.load_state_dict(
-                {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
-            )
+            network.load_state_dict(under(f"{part}/", state))
         for part, optimizer in (("painting", self.painting), ("judging", self.judging)):
-            whole = optimizer.state_dict()
-            whole["state"] = {}
-            for name, value in state.items():
-                owner, *rest = name.split("/")
-                if owner == part:
-                    whole["state"].setdefault(int(rest[0]), {})[rest[1]] = value
-            optimizer.load_state_dict(whole)
+            load_optimizer_state(optimizer, f"{part}/", state)
         self.buffer.stored = list(state[_BUFFER].to(self.device)) if _BUFFER in state else []
         self.random.set_state(state[_RANDOM])
         self.step_index = int(state[_STEP])

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qtool.methods.training_state import load_optimizer_state, optimizer_state, under
 from qtool.methods.undem.batches import BatchSource
 from qtool.methods.undem.losses import EDGE_WEIGHT, mean_of_kept, restoration_loss
 
@@ -128,27 +129,16 @@ class RestorationTrainer:
         """All that a later run needs to go on as if never stopped."""
         tensors = {f"{_NETWORK}{k}": v for k, v in self.network.state_dict().items()}
         tensors |= {f"{_AVERAGE}{k}": v for k, v in self.average.state_dict().items()}
-        for index, slots in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"{_OPTIMIZER}{index}/{name}": value for name, value in slots.items()}
+        tensors |= optimizer_state(self.optimizer, _OPTIMIZER)
         tensors[_GENERATOR] = self.generator.get_state()
         tensors[_STEP] = torch.tensor([self.step_index])
         return {name: value.detach().cpu() for name, value in tensors.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take up what `state` returned, for the same network and configuration."""
-
-        def under(prefix: str) -> dict[str, Tensor]:
-            return {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
-
-        self.network.load_state_dict(under(_NETWORK))
-        self.average.load_state_dict(under(_AVERAGE))
-        slots: dict[int, dict[str, Tensor]] = {}
-        for name, value in under(_OPTIMIZER).items():
-            index, _, slot = name.partition("/")
-            slots.setdefault(int(index), {})[slot] = value
-        whole = self.optimizer.state_dict()
-        whole["state"] = slots
-        self.optimizer.load_state_dict(whole)
+        self.network.load_state_dict(under(_NETWORK, state))
+        self.average.load_state_dict(under(_AVERAGE, state))
+        load_optimizer_state(self.optimizer, _OPTIMIZER, state)
         self.generator.set_state(state[_GENERATOR])
         self.step_index = int(state[_STEP])
 
