@@ -110,7 +110,7 @@ def gather(
         config,
         count=settings.count,
         batch_size=batch_size,
-        state=settings.output.with_name(f".{settings.output.name}.resume"),
+        state=settings.state,
         resume=settings.resume,
     )
     kept = work.kept_images
