@@ -14,7 +14,7 @@ from qtool.models.vision import DataConfig
 
 DATA = DataConfig((3, 224, 224), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "bicubic", 0.9)
 LAYER = LayerBits(kind="linear", weight_bits=4, input_bits=8)
-SIZES = {"rows": 8, "columns": 9, "narrow_rows": 4, "macs": 1, "narrow_macs": 1}
+SIZES = {"rows": 8, "columns": 9, "narrow_rows": 4, "narrow_inputs": 4, "macs": 1, "narrow_macs": 1}
 NESTED = {
     "engine": "nested",
     "bits": ["w8a8", "w4a8", "w4a4"],
