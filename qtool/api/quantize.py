@@ -196,7 +196,7 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
     units = reconstruct(
         model,
         opened.model,
-        pixels,
+        made.everything.to(device),
         layout.units,
         config=ReconstructionConfig(
             steps=_steps(settings),
@@ -221,6 +221,7 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
         "recipe": settings.recipe,
         "calibration": calibration.source(settings),
         "count": len(pixels),
+        "patches": len(made.everything) - len(pixels),
         "output": str(settings.output),
         "float_bytes": float_bytes,
         "quantized_weights": float_weights,
@@ -341,13 +342,18 @@ def _verify(path: Path, output: Path, sample: Tensor, expected: Tensor) -> dict[
     return {"max_abs_difference": difference, "same_choice": same}
 
 
+def _calibration(summary: Mapping[str, Any]) -> str:
+    patches = f" and {summary['patches']} of their patches" if summary["patches"] else ""
+    return f"{summary['count']} images{patches}, {summary['calibration']}"
+
+
 def _tables(
     summary: Mapping[str, Any], layers: list[dict[str, Any]], units: list[UnitRecord]
 ) -> tuple[Table, ...]:
     facts: list[tuple[str, Any]] = [
         ("file", summary["output"]),
         ("size", layer_report.shown_size(summary)),
-        ("calibration", f"{summary['count']} images, {summary['calibration']}"),
+        ("calibration", _calibration(summary)),
         *([("mean bits", f"{summary['mean_bits']:.2f}")] if "mean_bits" in summary else []),
         ("agreement with float on them", f"{summary['calibration_agreement']:.1%}"),
         *(
