@@ -78,7 +78,7 @@ class QuantizeSettings(WriterSettings):
         description="strong: table quantizers for activations; paper: as SPDFQ publishes it.",
     )
     effort: Effort = Field(
-        default="standard", description="Budget; standard takes the paper's number of steps."
+        default="standard", description="Budget; max is the paper's."
     )
     count: int = Field(default=32, ge=1, description="Number of calibration pictures.")
     steps: int | None = Field(
