@@ -161,7 +161,7 @@ def open_target(
 
 def _last_part(name: str) -> str:
     """The last part of a path, that of the current folder for a dot."""
-    return os.path.basename(os.path.abspath(name))
+    return os.path.basename(os.path.abspath(name.removeprefix(sources.FOLDER_PREFIX)))
 
 
 def check_widths(target: Target, widths: Sequence[str], *, name: str) -> tuple[str, ...]:
