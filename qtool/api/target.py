@@ -55,6 +55,8 @@ class Target:
 def find_checkpoint(name: str, *, offline: bool) -> Path | None:
     """Find the file that claims to be a checkpoint of ours behind the name of a target.
 
+    A word that names a model means that model, even where a folder of the same name lies.
+
     Args:
         name: A file, a folder, a hub repository or a float model.
         offline: Look for repositories in the local cache only; no socket is opened.
@@ -70,6 +72,8 @@ def find_checkpoint(name: str, *, offline: bool) -> Path | None:
         config = sources.fetch_config(name.partition(":")[2], offline=offline)
         if not sources.is_quantized(sources.read_config(config)):
             return None
+    elif os.path.isdir(name) and _is_model(name):
+        return None
     path = sources.checkpoint_file(name, offline=offline)
     if path.suffix != ".safetensors" or not path.is_file():
         return None
@@ -80,6 +84,14 @@ def find_checkpoint(name: str, *, offline: bool) -> Path | None:
             return None
         raise
     return path
+
+
+def _is_model(name: str) -> bool:
+    try:
+        vision.resolve(name)
+    except QtoolError:
+        return False
+    return True
 
 
 def _known_checkpoint(name: str) -> Path | None:
@@ -149,7 +161,7 @@ def open_target(
 
 def _last_part(name: str) -> str:
     """The last part of a path, that of the current folder for a dot."""
-    return os.path.basename(os.path.abspath(name))
+    return os.path.basename(os.path.abspath(name.removeprefix(sources.FOLDER_PREFIX)))
 
 
 def check_widths(target: Target, widths: Sequence[str], *, name: str) -> tuple[str, ...]:
@@ -214,6 +226,8 @@ def open_baseline(
     name, weights = named
     try:
         baseline = open_target(name, weights=weights, offline=settings.offline, device=device)
+        if settings.baseline is None and baseline.header is not None:
+            raise UsageError(f"{name} is no float model any more")
     except QtoolError as error:
         if not _is_optional(settings):
             raise

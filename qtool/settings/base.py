@@ -56,7 +56,7 @@ def _checked_out(value: Path | str | None) -> Path | str | None:
 
 def hub_folder(out: Path | str | None) -> Path | None:
     """The folder that an output names, by a slash at its end or by being one; None for a file."""
-    if out is None or not (os.fspath(out).endswith("/") or Path(out).is_dir()):
+    if out is None or not (os.fspath(out).endswith("/") or os.path.isdir(out)):
         return None
     return Path(out)
 

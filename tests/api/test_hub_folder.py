@@ -258,6 +258,20 @@ def test_folders_are_opened_as_their_checkpoint(hub, name):
     )
 
 
+def test_a_word_that_names_a_model_means_the_model(hub):
+    hub.rename("demo_vit")
+    assert evaluate("demo_vit").items[0]["model"] == "float32 (demo_vit)"
+    for name in ("demo_vit/", "./demo_vit", "local-dir:demo_vit"):
+        assert evaluate(name).items[0]["model"] == "w4a4 (demo_vit)"
+
+
+def test_a_checkpoint_is_no_float_baseline_of_itself(make, demo, caplog):
+    make(out=demo, overwrite=True)
+    result = evaluate(demo, baseline=None)
+    assert "is no float model any more" in caplog.text
+    assert "drop" not in result.summary
+
+
 def test_repositories_are_opened_from_the_cache(cached):
     assert qtool.load(cached, offline=True).qtool_config.active_bits == "w4a4"
     assert info(InfoSettings(target=cached)).summary["bits"] == ["w4a4"]
