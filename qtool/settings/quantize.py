@@ -77,9 +77,7 @@ class QuantizeSettings(WriterSettings):
         default="strong",
         description="strong: table quantizers for activations; paper: as SPDFQ publishes it.",
     )
-    effort: Effort = Field(
-        default="standard", description="Budget; max is the paper's."
-    )
+    effort: Effort = Field(default="standard", description="Budget; max is the paper's.")
     count: int = Field(default=32, ge=1, description="Number of calibration pictures.")
     steps: int | None = Field(
         default=None, ge=1, description="Optimisation steps; overrides the effort."
