@@ -35,7 +35,7 @@ SHEET = "contact_sheet.png"
 PICTURES = "images"
 """Folder of the single pictures, apart from the sheet so that `--calib` can read it."""
 
-STEPS = {"quick": 200, "standard": 400, "max": 1000}
+STEPS = {"quick": 100, "standard": 200, "max": 1000}
 """Optimiser steps per effort; max, with every patch in every step, is the paper's budget."""
 
 ALL_PATCHES = "max"
