@@ -7,8 +7,8 @@ from typing import Any, BinaryIO
 from qtool.api import export
 from qtool.api.branch_model import at_width
 from qtool.errors import UsageError
-from qtool.io import branch_tensors, checkpoint, folders
-from qtool.io.atomic import write_file
+from qtool.io import branch_tensors, checkpoint
+from qtool.io.atomic import sweep, write_file
 from qtool.io.branch_tensors import BranchTable, size_of
 from qtool.methods.multiquant.branches import BODY
 from qtool.quant.bits import BitSpec, parse_width
@@ -64,10 +64,6 @@ def switch(settings: SwitchBitsSettings, table: checkpoint.PlaneTable) -> Result
             f"{settings.target} is a network of branches, which has one width as a whole",
             remedy="give --bits or --budget, without --layers and --drop-unused",
         )
-    if settings.out is not None:
-        folders.check_output(settings.out, overwrite=settings.overwrite)
-        if settings.out.exists() and settings.out.samefile(settings.target):
-            raise UsageError("the copy would replace its source", remedy="give --in-place")
     row = _wanted(settings, rows)
     header = at_width(table.header, parse_width(row["bits"]).weight)
     if not settings.dry_run:
@@ -106,6 +102,7 @@ def _write(settings: SwitchBitsSettings, header: checkpoint.Header) -> None:
     def write(file: BinaryIO) -> None:
         checkpoint.change_header(settings.target, header, copy=file)
 
+    sweep(settings.out.parent)
     write_file(settings.out, write, overwrite=settings.overwrite)
 
 

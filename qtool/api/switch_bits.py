@@ -11,7 +11,7 @@ from qtool.api import branch_widths, export
 from qtool.api.file_widths import bit_operations, chosen, layers_in, needed_bytes, with_bits
 from qtool.errors import CheckpointError, Progress, UsageError
 from qtool.io import checkpoint, folders, nested_tensors
-from qtool.io.atomic import write_file
+from qtool.io.atomic import sweep, write_file
 from qtool.quant.allocation import Option, allot
 from qtool.quant.bits import BitSpec, parse_width
 from qtool.quant.widths import Choice, SwitchableLayer
@@ -33,7 +33,12 @@ def switch_bits(settings: SwitchBitsSettings, progress: Progress | None = None) 
         UsageError: The file lacks a width, or no choice of bits fits the budget.
         QtoolError: The file is damaged, or the copy cannot be written.
     """
-    export.check_output(settings.onnx, overwrite=settings.overwrite)
+    exports = export.check_output(
+        settings.onnx, overwrite=settings.overwrite, skip_existing=settings.skip_existing
+    )
+    writes = settings.in_place or _is_copied(settings)
+    if not (writes or exports or settings.listing):
+        return _skipped(settings)
     if settings.exports_alone:
         return _exported(settings)
     table = checkpoint.read_planes(settings.target)
@@ -47,16 +52,12 @@ def switch_bits(settings: SwitchBitsSettings, progress: Progress | None = None) 
     layers = layers_in(table)
     if settings.listing:
         return _listed(settings, table, layers)
-    if settings.out is not None:
-        folders.check_output(settings.out, overwrite=settings.overwrite)
-        if settings.out.exists() and settings.out.samefile(settings.target):
-            raise UsageError("the copy would replace its source", remedy="give --in-place")
     specs = _wanted(settings, table, layers)
     header = with_bits(table, specs)
-    if not settings.dry_run:
+    if writes and not settings.dry_run:
         _write(settings, table, header, specs)
     summary = _summary(settings, table, header, specs)
-    if settings.onnx is not None:
+    if exports and settings.onnx is not None:
         summary["onnx"] = _export(settings, settings.onnx, header)
     return Result(
         "switch-bits",
@@ -65,6 +66,32 @@ def switch_bits(settings: SwitchBitsSettings, progress: Progress | None = None) 
         summary=summary,
         tables=(_facts(summary),),
     )
+
+
+def _is_copied(settings: SwitchBitsSettings) -> bool:
+    """Check before any work that a copy can be written; False where none is, or it may stay.
+
+    Raises:
+        UsageError: It exists, or would replace its source.
+    """
+    if settings.out is None:
+        return False
+    wanted = folders.check_output(
+        settings.out, overwrite=settings.overwrite, skip_existing=settings.skip_existing
+    )
+    if wanted and settings.out.exists() and settings.out.samefile(settings.target):
+        raise UsageError("the copy would replace its source", remedy="give --in-place")
+    return wanted
+
+
+def _skipped(settings: SwitchBitsSettings) -> Result:
+    """All that was asked for is there and may stay."""
+    summary = {
+        "path": str(settings.target),
+        "output": str(settings.out or settings.onnx),
+        "status": "skipped",
+    }
+    return Result("switch-bits", status="planned" if settings.dry_run else "ok", summary=summary)
 
 
 def _exported(settings: SwitchBitsSettings) -> Result:
@@ -167,10 +194,10 @@ def _write(
     specs: Mapping[str, BitSpec],
 ) -> None:
     if settings.out is None:
-        if not settings.in_place:
-            return
         checkpoint.change_header(settings.target, header)
-    elif settings.drop_unused:
+        return
+    sweep(settings.out.parent)
+    if settings.drop_unused:
         _write_fewer(settings.target, settings.out, header, specs, overwrite=settings.overwrite)
     else:
 
