@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from qtool.api import branch_widths, export
+from torch import Tensor
+
+from qtool.api import branch_widths, export, hub_folder
 from qtool.api.file_widths import bit_operations, chosen, layers_in, needed_bytes, with_bits
 from qtool.errors import CheckpointError, Progress, UsageError
-from qtool.io import checkpoint, folders, nested_tensors
-from qtool.io.atomic import sweep, write_file
+from qtool.io import checkpoint, nested_tensors
+from qtool.models import sources
 from qtool.quant.allocation import Option, allot
 from qtool.quant.bits import BitSpec, parse_width
 from qtool.quant.widths import Choice, SwitchableLayer
@@ -36,7 +38,8 @@ def switch_bits(settings: SwitchBitsSettings, progress: Progress | None = None) 
     exports = export.check_output(
         settings.onnx, overwrite=settings.overwrite, skip_existing=settings.skip_existing
     )
-    writes = settings.in_place or _is_copied(settings)
+    settings = _located(settings)
+    writes = settings.in_place or hub_folder.check_copy(settings)
     if not (writes or exports or settings.listing):
         return _skipped(settings)
     if settings.exports_alone:
@@ -68,30 +71,30 @@ def switch_bits(settings: SwitchBitsSettings, progress: Progress | None = None) 
     )
 
 
-def _is_copied(settings: SwitchBitsSettings) -> bool:
-    """Check before any work that a copy can be written; False where none is, or it may stay.
-
-    Raises:
-        UsageError: It exists, or would replace its source.
-    """
-    if settings.out is None:
-        return False
-    wanted = folders.check_output(
-        settings.out, overwrite=settings.overwrite, skip_existing=settings.skip_existing
-    )
-    if wanted and settings.out.exists() and settings.out.samefile(settings.target):
-        raise UsageError("the copy would replace its source", remedy="give --in-place")
-    return wanted
-
-
 def _skipped(settings: SwitchBitsSettings) -> Result:
     """All that was asked for is there and may stay."""
     summary = {
         "path": str(settings.target),
-        "output": str(settings.out or settings.onnx),
+        "output": str(settings.output or settings.onnx),
         "status": "skipped",
     }
     return Result("switch-bits", status="planned" if settings.dry_run else "ok", summary=summary)
+
+
+def _located(settings: SwitchBitsSettings) -> SwitchBitsSettings:
+    """The request with the file that its folder or hub repository holds.
+
+    Raises:
+        UsageError: A file of the hub's cache, which others read too, would be changed.
+        MissingError: The repository is not cached and cannot be fetched.
+    """
+    if settings.in_place and str(settings.target).startswith(sources.HUB_PREFIXES):
+        raise UsageError(
+            f"{settings.target} is not a file of yours to change", remedy="give -o for a copy"
+        )
+    offline = settings.offline or settings.dry_run
+    path = sources.checkpoint_file(settings.target, offline=offline)
+    return settings.model_copy(update={"target": path})
 
 
 def _exported(settings: SwitchBitsSettings) -> Result:
@@ -193,29 +196,17 @@ def _write(
     header: checkpoint.Header,
     specs: Mapping[str, BitSpec],
 ) -> None:
-    if settings.out is None:
-        checkpoint.change_header(settings.target, header)
-        return
-    sweep(settings.out.parent)
     if settings.drop_unused:
-        _write_fewer(settings.target, settings.out, header, specs, overwrite=settings.overwrite)
+        smaller, tensors = _fewer(settings.target, header, specs)
+        hub_folder.copy(settings, smaller, checkpoint.content(smaller, tensors))
     else:
-
-        def write(file: BinaryIO) -> None:
-            checkpoint.change_header(settings.target, header, copy=file)
-
-        write_file(settings.out, write, overwrite=settings.overwrite)
+        hub_folder.switch(settings, header)
 
 
-def _write_fewer(
-    source: Path,
-    out: Path,
-    header: checkpoint.Header,
-    specs: Mapping[str, BitSpec],
-    *,
-    overwrite: bool,
-) -> None:
-    """Write a copy without the planes, and the rows of scales, that no layer needs."""
+def _fewer(
+    source: Path, header: checkpoint.Header, specs: Mapping[str, BitSpec]
+) -> tuple[checkpoint.Header, dict[str, Tensor]]:
+    """A checkpoint without the planes, and the rows of scales, that no layer needs."""
     widths = header.nested
     if widths is None:
         raise CheckpointError(f"{source} has no planes")
@@ -249,7 +240,7 @@ def _write_fewer(
         }
     )
     smaller = header.model_copy(update={"layers": layers, "bits": names, "nested": fewer})
-    checkpoint.write(out, smaller, tensors, overwrite=overwrite)
+    return smaller, tensors
 
 
 def _items(
@@ -275,7 +266,7 @@ def _summary(
     header: checkpoint.Header,
     specs: Mapping[str, BitSpec],
 ) -> dict[str, Any]:
-    written = settings.out if settings.out is not None else settings.target
+    written = settings.output or settings.target
     weights = [specs[name].weight for name, layer in header.layers.items() if layer.weight_bits]
     return {
         "path": str(settings.target),
