@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, Final, Literal
 
-from qtool.errors import UsageError
+from qtool.errors import ItemsFailedError, UsageError
 
 SCHEMA: Final = 1
 Status = Literal["ok", "partial", "failed", "planned"]
@@ -83,7 +83,7 @@ class Result:
         """0 when all is well, 3 when some items failed, else what the summary says, or 1."""
         if self.status == "failed":
             return int(self.summary.get("exit_code", 1))
-        return 3 if self.status == "partial" else 0
+        return ItemsFailedError.exit_code if self.status == "partial" else 0
 
     @property
     def facts(self) -> list[tuple[str, str]]:

@@ -212,14 +212,87 @@ def test_absent_weights_exit_4_with_size_and_licence(qtool, pictures, line):
     assert_two_lines(ran)
 
 
-def test_cuda_without_cuda_exits_4(qtool):
+COMPUTING = [
+    "synthesize images demo_vit -o d",
+    "synthesize moire --simulate --clean good -o d",
+    "train demoire pairs -o w.safetensors",
+    "quantize demo_vit --data-free",
+    "quantize bandgate --data-free --bits w8a8",
+    "quantize resnet8 --weights resnet8.safetensors --bits any --engine branches --train classes",
+    "demoire good -o clean",
+    "eval demo_vit --count 2",
+    "eval pairs/moire --reference pairs/clean",
+]
+
+
+@pytest.fixture
+def good(tmp_path):
+    """What the lines of `COMPUTING` and `DRY` name."""
+    from safetensors.torch import save_file
+
+    from qtool.models import cifar
+
+    places = [tmp_path / "good", *(tmp_path / "pairs" / side for side in ("moire", "clean"))]
+    places += [tmp_path / "classes" / str(label) for label in range(2)]
+    for place in places:
+        place.mkdir(parents=True)
+        for index in range(20 if place.parent.name == "classes" else 2):
+            picture = Image.effect_noise((64, 64), 90).convert("RGB")
+            picture.save(place / f"{index}.png")
+    save_file(cifar.build("resnet8", num_classes=2).state_dict(), tmp_path / "resnet8.safetensors")
+    return tmp_path
+
+
+def written(folder):
+    """Every file of a folder with its bytes."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("line", COMPUTING)
+def test_cuda_without_cuda_exits_4_and_so_does_the_dry_run(qtool, good, monkeypatch, line):
     import torch
 
-    if torch.cuda.is_available():
-        pytest.skip("this machine has CUDA")
-    ran = qtool("eval", "demo_vit", "--count", "2", "--device", "cuda")
-    assert ran.code == 4
-    assert_two_lines(ran)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    before = written(good)
+    for words in ([], ["-n"]):
+        ran = qtool(*line.split(), *words, "--device", "cuda")
+        assert ran.code == 4
+        assert "--device cuda" in ran.err
+        assert_two_lines(ran)
+    assert written(good) == before
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "synthesize images vit_b -o d",
+        "quantize vit_b --data-free",
+        "quantize vit_b --calib good --bits any",
+        "quantize resnet18 --bits any --engine branches --train classes",
+        "quantize hf-hub:owner/name --data-free",
+        "eval vit_b --data good",
+        "eval demo_vit --baseline vit_b --count 2",
+    ],
+)
+def test_offline_opens_no_socket_and_the_dry_run_knows(qtool, good, monkeypatch, line):
+    import socket
+
+    import huggingface_hub
+
+    def refuse(*_, **__):
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.delenv("QTOOL_OFFLINE")
+    # Else this answers for --offline; it is read when the client is imported.
+    monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: None)
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    for words in ([], ["-n"]):
+        ran = qtool(*line.split(), *words, "--device", "cpu", "--offline")
+        assert ran.code == 4, ran.err
+        assert "hf download" in ran.err
+        assert_two_lines(ran)
 
 
 def test_auto_says_which_device_it_took(qtool):
@@ -241,22 +314,84 @@ def test_a_missed_gate_exits_5_and_still_shows_the_result(qtool):
     assert content["summary"]["exit_code"] == 5
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "quantize demo_vit --data-free",
-        "synthesize images demo_vit -o d",
-        "eval demo_vit --count 8",
-        "models",
-    ],
-)
-def test_a_dry_run_is_planned_and_writes_nothing(qtool, tmp_path, line):
-    before = set(tmp_path.rglob("*"))
-    ran = qtool(*line.split(), "-n", "--json")
-    assert ran.code == 0
+@pytest.mark.parametrize("line", [*COMPUTING, "models"])
+def test_a_dry_run_is_planned_and_writes_nothing(qtool, good, line):
+    before = written(good)
+    ran = qtool(*line.split(), "-n", "--json", "--device", "cpu")
+    assert ran.code == 0, ran.err
+    assert list(ran.json) == KEYS
     assert ran.json["status"] == "planned"
-    assert ran.json["command"] == " ".join(line.split()[: 2 if "images" in line else 1])
-    assert set(tmp_path.rglob("*")) == before
+    assert ran.json["command"] in COMMANDS
+    assert line.startswith(ran.json["command"])
+    if line != "models":
+        assert ran.json["summary"]["device"] == "cpu"
+    assert written(good) == before
+
+
+CHEAP = {
+    "synthesize images": "synthesize images demo_vit --method noise --count 2 -o OUT",
+    "demoire": "demoire good --force -o OUT",
+}
+
+
+@pytest.mark.parametrize("command", CHEAP)
+def test_a_run_ends_in_one_object_and_its_seed_decides_every_byte(qtool, good, command):
+    made = {}
+    for out, seed in (("one", "0"), ("two", "0"), ("three", "1")):
+        words = CHEAP[command].replace("OUT", out).split()
+        ran = qtool(*words, "--device", "cpu", "--seed", seed, "--json")
+        assert ran.code == 0, ran.err
+        assert list(ran.json) == KEYS
+        assert (ran.json["command"], ran.json["status"]) == (command, "ok")
+        assert all(Path(item["output"]).is_file() for item in ran.json["items"])
+        assert "device: cpu" in ran.err
+        files = written(good / out)
+        assert not [path for path in files if path.suffix in (".tmp", ".resume")]
+        made[out] = {
+            path.relative_to(good / out): content
+            for path, content in files.items()
+            if path.name != ".qtool.jsonl"
+        }
+    assert made["one"] == made["two"]
+    # Nothing in it is drawn by chance.
+    assert (made["one"] == made["three"]) is (command == "demoire")
+
+
+@pytest.mark.parametrize("command", CHEAP)
+def test_what_is_there_is_refused_skipped_or_replaced(qtool, good, command):
+    words = [*CHEAP[command].replace("OUT", "out").split(), "--device", "cpu", "-q"]
+    assert qtool(*words).code == 0
+    before = written(good / "out")
+    for flags in ([], ["-n"]):
+        ran = qtool(*words, *flags)
+        assert ran.code == 2
+        assert "--overwrite" in ran.err
+        assert "--skip-existing" in ran.err
+        assert_two_lines(ran)
+    ran = qtool(*words, "--skip-existing", "--json")
+    assert ran.code == 0
+    assert "skipped" in ran.out
+    assert written(good / "out") == before
+    assert qtool(*words, "--overwrite", "--seed", "1").code == 0
+    assert (written(good / "out") == before) is False
+
+
+@pytest.mark.parametrize("command", CHEAP)
+def test_what_a_killed_run_left_is_swept(qtool, good, command):
+    from qtool.io import atomic
+
+    dead = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    stale = good / "out" / f".w.qtool-{atomic._HOST}-{dead}-0123abcd.tmp"
+    stale.parent.mkdir()
+    stale.write_bytes(b"half")
+    words = CHEAP[command].replace("OUT", "out").split()
+    assert qtool(*words, "--device", "cpu").code == 0
+    assert not stale.exists()
 
 
 def test_models_lists_every_alias(qtool):
@@ -273,8 +408,7 @@ def test_models_lists_every_alias(qtool):
 TORCH_FREE = """
 import sys
 from qtool.cli.app import main
-for words in [["--help"], ["--version"], ["synthesize", "images", "-h"], ["quantize", "-h"],
-              ["eval", "-h"], ["demoire", "-h"], ["models", "-h"], ["info", "-h"],
+for words in [["--help"], ["--version"], *([*words.split(), "-h"] for words in COMMANDS),
               ["quantize", "--bits", "x", "m"],
               ["quantize", "m", "--data-free", "--dump-config"]]:
     main(words)
@@ -289,8 +423,9 @@ sys.exit(f"imported: {heavy}" if heavy else 0)
 
 
 def test_help_version_and_completion_import_no_torch():
+    script = f"COMMANDS = {COMMANDS}\n{TORCH_FREE}"
     ran = subprocess.run(
-        [sys.executable, "-c", TORCH_FREE], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert ran.returncode == 0, ran.stderr
     assert "vit_b" in ran.stdout

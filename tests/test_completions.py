@@ -95,6 +95,8 @@ def test_models_complete(complete, words):
         ("quantize --ablate ", ["prefix", "no-distillation", "one-set"]),
         ("synthesize images --method ", ["spdfq", "psaq", "noise"]),
         ("eval --color ", ["auto", "always", "never"]),
+        ("switch-bits f --bits ", [*"2345678", *(f"w{bits}a{bits}" for bits in range(2, 9))]),
+        ("eval f -b w5", ["w5a5"]),
         ("quantize ./", []),
         ("quantize --calib ", []),
     ],

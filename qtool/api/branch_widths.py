@@ -63,7 +63,6 @@ def switch(settings: SwitchBitsSettings, table: checkpoint.PlaneTable) -> Result
             f"{settings.target} is a network of branches, which has one width as a whole",
             remedy="give --bits or --budget, without --layers and --drop-unused",
         )
-    hub_folder.check_copy(settings)
     row = _wanted(settings, rows)
     header = at_width(table.header, parse_width(row["bits"]).weight)
     if not settings.dry_run:

@@ -13,7 +13,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from qtool.api import evaluate_widths, latency, restored
-from qtool.api.runtime import check_report, prepare, read_picture, write_report
+from qtool.api.runtime import (
+    check_report,
+    planned_device,
+    prepare,
+    read_picture,
+    write_report,
+)
 from qtool.api.target import (
     Target,
     check_names,
@@ -22,7 +28,7 @@ from qtool.api.target import (
     open_target,
 )
 from qtool.demo import pictures
-from qtool.errors import ImageError, Progress, UsageError
+from qtool.errors import ImageError, Progress, QualityGateError, UsageError
 from qtool.io import folders
 from qtool.metrics.accuracy import standard_error, topk_hits
 from qtool.models import vision
@@ -106,6 +112,7 @@ def plan(settings: EvaluateSettings) -> Result:
         "count": settings.limit or (None if settings.data else settings.count),
         "baseline": settings.baseline,
         "latency": settings.latency,
+        "device": planned_device(settings),
     }
     if settings.widths:
         summary["bits"] = list(settings.widths)
@@ -307,5 +314,5 @@ def _failed_gates(
     return {
         "error": f"quality gate not met: {'; '.join(missed)}",
         "remedy": "lower the gate with --min, or quantize with more bits or effort",
-        "exit_code": 5,
+        "exit_code": QualityGateError.exit_code,
     }

@@ -16,7 +16,7 @@ from torch import Tensor
 from qtool.api import model_card
 from qtool.errors import UsageError
 from qtool.io import checkpoint, folders
-from qtool.io.atomic import Writer, write_file, write_folder
+from qtool.io.atomic import Writer, sweep, write_file, write_folder
 from qtool.models import vision
 from qtool.models.registry import CONFIG_FILE, WEIGHTS_FILE
 from qtool.settings.quantize import QuantizeSettings
@@ -94,18 +94,27 @@ def save(
     )
 
 
-def check_copy(settings: SwitchBitsSettings) -> None:
+def check_copy(settings: SwitchBitsSettings) -> bool:
     """Check before work starts that the copy of `switch-bits`, if one is wanted, can be written.
+
+    Returns:
+        True to write it; False where none is wanted, or it is there and may stay.
 
     Raises:
         UsageError: It is there and may not be replaced, or it is its own source.
         QtoolError: The place cannot be written to.
     """
     if settings.output is None:
-        return
-    check_output(settings.output, settings.folder, overwrite=settings.overwrite)
-    if settings.output.exists() and settings.output.samefile(settings.target):
+        return False
+    wanted = check_output(
+        settings.output,
+        settings.folder,
+        overwrite=settings.overwrite,
+        skip_existing=settings.skip_existing,
+    )
+    if wanted and settings.output.exists() and settings.output.samefile(settings.target):
         raise UsageError("the copy would replace its source", remedy="give --in-place")
+    return wanted
 
 
 def switch(settings: SwitchBitsSettings, header: checkpoint.Header) -> None:
@@ -135,6 +144,8 @@ def copy(settings: SwitchBitsSettings, header: checkpoint.Header, content: Write
     Raises:
         QtoolError: It cannot be written.
     """
+    if settings.output is not None:
+        sweep(settings.output.parent)
     if settings.folder is not None:
         _write(settings.folder, header, content, summary={}, overwrite=settings.overwrite)
     elif settings.output is not None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qtool.api.moire_data import CLEAN, MOIRE, read_pictures
 from qtool.api.moire_training import adopt, learn
-from qtool.api.runtime import prepare
+from qtool.api.runtime import planned_device, prepare
 from qtool.api.synthesize import sheet_png
 from qtool.errors import Progress, QtoolError
 from qtool.io import folders, images
@@ -50,6 +50,7 @@ def plan_moire(settings: MoireSettings) -> Result:
         "patch_size": settings.patch_size,
         "pictures": counts,
         "training_steps": 0 if settings.simulate or settings.generator else settings.steps,
+        "device": planned_device(settings),
         "output": str(settings.out),
         "skipped": False,
     }

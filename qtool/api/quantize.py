@@ -26,10 +26,17 @@ from qtool.api.estimate import Estimate
 from qtool.api.load import restore
 from qtool.api.parallel import torchrun_group
 from qtool.api.quantized_header import calibrated_provenance, compressed_tensors, layer_bits
-from qtool.api.runtime import bfloat16_is_faster, check_report, prepare, write_report
+from qtool.api.runtime import (
+    bfloat16_is_faster,
+    check_report,
+    planned_device,
+    prepare,
+    write_report,
+)
 from qtool.api.synthesize import STEPS, denormalised, estimated_seconds, sheet_png
 from qtool.errors import Progress, QtoolError, UsageError
 from qtool.io import checkpoint
+from qtool.io.atomic import sweep
 from qtool.methods.spdfq.reconstruction import (
     ReconstructionConfig,
     UnitRecord,
@@ -96,7 +103,11 @@ def _steps(settings: QuantizeSettings) -> int:
 
 
 def plan(settings: QuantizeSettings) -> Result:
-    """What `quantize` would do; loads no weights."""
+    """What `quantize` would do; loads no weights.
+
+    Raises:
+        QtoolError: The request is wrong, or the device or the weights are missing.
+    """
     exports = _exports(settings)
     if not _outputs(settings):
         skipped = {"output": str(settings.output), "skipped": True, "onnx": exports}
@@ -104,7 +115,9 @@ def plan(settings: QuantizeSettings) -> Result:
     if quantize_restoration.is_restoration(settings):
         return quantize_restoration.plan(settings, steps=_steps(settings))
     calibration.check(settings)
-    architecture = vision.resolve(settings.model, weights=settings.weights)
+    architecture = vision.resolve(
+        settings.model, weights=settings.weights, offline=settings.offline
+    )
     if settings.engine == "branches":
         return Result(
             "quantize", status="planned", summary=quantize_branches.plan(settings, architecture)
@@ -118,6 +131,7 @@ def plan(settings: QuantizeSettings) -> Result:
         "count": settings.count,
         "synthesis_steps": STEPS[settings.effort] if settings.data_free else 0,
         "reconstruction_steps": _steps(settings),
+        "device": planned_device(settings),
         "output": str(settings.output),
         "onnx": exports,
         "skipped": False,
@@ -159,6 +173,7 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
     exports = _exports(settings)
     if not _outputs(settings):
         return _skipped(settings, exports)
+    sweep(settings.output.parent)
     if quantize_restoration.is_restoration(settings):
         return quantize_restoration.quantize(
             settings, steps=_steps(settings), drop=DROP[settings.recipe], progress=progress

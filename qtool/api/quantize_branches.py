@@ -14,7 +14,7 @@ from qtool.api import branch_data, branch_model, branch_widths, hub_folder, laye
 from qtool.api.branch_run import BranchRun, float_accuracy
 from qtool.api.estimate import Estimate
 from qtool.api.load import restore
-from qtool.api.runtime import notice, write_report
+from qtool.api.runtime import notice, planned_device, write_report
 from qtool.errors import ImageError, Progress, QtoolError
 from qtool.io import checkpoint
 from qtool.methods.multiquant.branch_training import rank
@@ -53,6 +53,7 @@ def plan(settings: QuantizeSettings, architecture: str) -> dict[str, Any]:
         "epochs": settings.epochs,
         "batch_size": settings.batch_size,
         "learning_rate": settings.learning_rate,
+        "device": planned_device(settings),
         "output": str(settings.output),
         "skipped": False,
     }

@@ -22,7 +22,7 @@ from qtool.api.demoire import calibration
 from qtool.api.demoire.network import missing_weights
 from qtool.api.load import restore
 from qtool.api.quantized_header import compressed_tensors, layer_bits
-from qtool.api.runtime import bfloat16_is_faster, prepare, write_report
+from qtool.api.runtime import bfloat16_is_faster, planned_device, prepare, write_report
 from qtool.api.synthesize import sheet_png
 from qtool.errors import Progress, QtoolError, UsageError
 from qtool.io import checkpoint, folders
@@ -79,6 +79,7 @@ def plan(settings: QuantizeSettings, *, steps: int) -> Result:
         "calibration": _calibration(settings),
         "count": settings.count,
         "reconstruction_steps": steps,
+        "device": planned_device(settings),
         "output": str(settings.output),
         "skipped": False,
     }

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qtool.api.runtime import check_report, prepare, write_report
-from qtool.errors import ImageError, Progress, UsageError
+from qtool.api.runtime import check_report, planned_device, prepare, write_report
+from qtool.errors import ImageError, Progress, QualityGateError, UsageError
 from qtool.io import folders, images
 from qtool.metrics import fidelity, perceptual
 from qtool.report import Result, Status, Table
@@ -62,6 +62,7 @@ def plan(settings: EvaluateSettings, reference: Path) -> Result:
         "reference": str(reference),
         "protocol": settings.protocol,
         "metrics": _metrics(settings),
+        "device": planned_device(settings),
         "count": len(trios),
         "without_reference": len(unmatched),
     }
@@ -263,5 +264,5 @@ def _missed(settings: EvaluateSettings, summary: dict[str, Any]) -> dict[str, An
     return {
         "error": f"quality gate not met: {'; '.join(missed)}",
         "remedy": "lower the gate with --min, or restore with other settings",
-        "exit_code": 5,
+        "exit_code": QualityGateError.exit_code,
     }

@@ -62,6 +62,15 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def planned_device(settings: CommonSettings) -> str:
+    """The device that a run would take, for its dry run; nothing is set.
+
+    Raises:
+        MissingError: CUDA was asked for and is not there.
+    """
+    return str(choose_device(settings.device))
+
+
 def bfloat16_is_faster(device: torch.device) -> bool:
     """Tell from what the hardware has whether bfloat16 products beat float32 ones.
 

@@ -35,8 +35,13 @@ def switch_bits(settings: SwitchBitsSettings, progress: Progress | None = None) 
         UsageError: The file lacks a width, or no choice of bits fits the budget.
         QtoolError: The file is damaged, or the copy cannot be written.
     """
-    export.check_output(settings.onnx, overwrite=settings.overwrite)
+    exports = export.check_output(
+        settings.onnx, overwrite=settings.overwrite, skip_existing=settings.skip_existing
+    )
     settings = _located(settings)
+    writes = settings.in_place or hub_folder.check_copy(settings)
+    if not (writes or exports or settings.listing):
+        return _skipped(settings)
     if settings.exports_alone:
         return _exported(settings)
     table = checkpoint.read_planes(settings.target)
@@ -50,13 +55,12 @@ def switch_bits(settings: SwitchBitsSettings, progress: Progress | None = None) 
     layers = layers_in(table)
     if settings.listing:
         return _listed(settings, table, layers)
-    hub_folder.check_copy(settings)
     specs = _wanted(settings, table, layers)
     header = with_bits(table, specs)
-    if not settings.dry_run:
+    if writes and not settings.dry_run:
         _write(settings, table, header, specs)
     summary = _summary(settings, table, header, specs)
-    if settings.onnx is not None:
+    if exports and settings.onnx is not None:
         summary["onnx"] = _export(settings, settings.onnx, header)
     return Result(
         "switch-bits",
@@ -65,6 +69,16 @@ def switch_bits(settings: SwitchBitsSettings, progress: Progress | None = None) 
         summary=summary,
         tables=(_facts(summary),),
     )
+
+
+def _skipped(settings: SwitchBitsSettings) -> Result:
+    """All that was asked for is there and may stay."""
+    summary = {
+        "path": str(settings.target),
+        "output": str(settings.output or settings.onnx),
+        "status": "skipped",
+    }
+    return Result("switch-bits", status="planned" if settings.dry_run else "ok", summary=summary)
 
 
 def _located(settings: SwitchBitsSettings) -> SwitchBitsSettings:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qtool.api.estimate import Estimate
-from qtool.api.runtime import bfloat16_is_faster, notice, prepare
+from qtool.api.runtime import bfloat16_is_faster, notice, planned_device, prepare
 from qtool.errors import CheckpointError, Progress, UsageError
 from qtool.io import container, folders, images
 from qtool.io.atomic import sweep, write_file
@@ -240,17 +240,24 @@ def _check_folder(settings: SynthesizeSettings) -> bool:
 
 
 def plan_images(settings: SynthesizeSettings) -> Result:
-    """What `synthesize_images` would do; loads no weights."""
+    """What `synthesize_images` would do; loads no weights.
+
+    Raises:
+        QtoolError: The request is wrong, or the device or the weights are missing.
+    """
     if not _check_folder(settings):
         skipped = {"output": str(settings.out), "skipped": True}
         return Result("synthesize images", status="planned", summary=skipped)
     steps = 0 if settings.method == "noise" else settings.steps or STEPS[settings.effort]
     summary = {
         "model": settings.model,
-        "architecture": vision.resolve(settings.model, weights=settings.weights),
+        "architecture": vision.resolve(
+            settings.model, weights=settings.weights, offline=settings.offline
+        ),
         "method": settings.method,
         "count": settings.count,
         "steps": steps,
+        "device": planned_device(settings),
         "output": str(settings.out),
         "skipped": False,
     }

@@ -200,14 +200,15 @@ def check_names(settings: EvaluateSettings) -> str:
     header = None if path is None else checkpoint.read_header(path)
     if header is not None:
         require_classifier(header, settings.target)
+    offline = settings.offline
     architecture = (
-        vision.resolve(settings.target, weights=settings.weights)
+        vision.resolve(settings.target, weights=settings.weights, offline=offline)
         if header is None
         else header.architecture
     )
     baseline = _baseline(settings, header)
     if baseline is not None and not _is_optional(settings) and not _known_checkpoint(baseline[0]):
-        vision.resolve(baseline[0], weights=baseline[1])
+        vision.resolve(baseline[0], weights=baseline[1], offline=offline)
     return architecture
 
 

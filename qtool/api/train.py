@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from qtool.api.moire_data import read_pairs, read_pictures
 from qtool.api.moire_training import adopt
-from qtool.api.runtime import bfloat16_is_faster, notice, prepare
+from qtool.api.runtime import bfloat16_is_faster, notice, planned_device, prepare
 from qtool.api.synthesize import read_tensor_file
 from qtool.errors import CheckpointError, Progress, UsageError
 from qtool.io import container, folders
+from qtool.io.atomic import sweep
 from qtool.methods.undem.batches import BatchSource, InTurn, MixedBatches, Shares
 from qtool.methods.undem.denoise import PaintedBatches
 from qtool.methods.undem.mixer import flat_patterns
@@ -64,6 +65,7 @@ def plan_demoire(settings: TrainDemoireSettings) -> Result:
         "budget_minutes": settings.budget,
         "batch_size": settings.batch_size,
         "crop": settings.crop,
+        "device": planned_device(settings),
         "output": str(settings.out),
         "skipped": False,
     }
@@ -85,6 +87,7 @@ def train_demoire(settings: TrainDemoireSettings, progress: Progress | None = No
     """
     if not _check_output(settings):
         return Result(COMMAND, summary={"output": str(settings.out), "status": "skipped"})
+    sweep(settings.out.parent)
     device = prepare(settings)
     name, arguments, network = _network(settings)
     train, held_out, facts = _sources(settings, device)

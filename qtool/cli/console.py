@@ -24,7 +24,7 @@ ColorMode = Literal["auto", "always", "never"]
 # What everybody should see, such as the device that was chosen, is logged here at INFO.
 NOTICE_LOGGER = "qtool.notice"
 
-_SAID_ELSEWHERE = ("latency", "error", "remedy", "exit_code")
+_SAID_ELSEWHERE = ("latency", "rows", "error", "remedy", "exit_code")
 _PIPE_WIDTH = 10_000
 
 

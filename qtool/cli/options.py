@@ -14,7 +14,15 @@ from typer.models import ArgumentInfo, OptionInfo
 from qtool.cli.commands import SUMMARIES
 from qtool.cli.console import ColorMode
 from qtool.quant.bits import WEIGHT_BITS
-from qtool.settings.base import DEVICES, Backend, CommonSettings, DType, Settings, WriterSettings
+from qtool.settings.base import (
+    DEVICES,
+    Backend,
+    CommonSettings,
+    DType,
+    OutputSettings,
+    Settings,
+    WriterSettings,
+)
 
 Complete = Callable[[str], list[str]]
 
@@ -191,18 +199,23 @@ def _common(
     """Carry the options of every command in its signature."""
 
 
-def _writer(
+def _output(
     overwrite: Annotated[
-        bool | None, option(WriterSettings, "overwrite", "--overwrite", panel=OUTPUT)
+        bool | None, option(OutputSettings, "overwrite", "--overwrite", panel=OUTPUT)
     ] = None,
     skip_existing: Annotated[
-        bool | None, option(WriterSettings, "skip_existing", "--skip-existing", panel=OUTPUT)
+        bool | None, option(OutputSettings, "skip_existing", "--skip-existing", panel=OUTPUT)
     ] = None,
+) -> None:
+    """Carry the options of every command that writes in its signature."""
+
+
+def _resume(
     resume: Annotated[
         bool | None, option(WriterSettings, "resume", "--resume", panel=OUTPUT)
     ] = None,
 ) -> None:
-    """Carry the options of every command that writes in its signature."""
+    """Carry the option of every command that can go on in its signature."""
 
 
 def add_command(
@@ -221,16 +234,19 @@ def add_command(
         body: Takes the context and its own options, which its settings read from the context;
             returns the exit code.
         words: What people type; its summary stands in `qtool.cli.commands`.
-        settings: The command's settings; writers get the options for existing output as well.
+        settings: The command's settings; their bases decide which shared options it gets.
         examples: Lines of shell that work, two or three.
         details: Further paragraphs of help.
     """
     own = inspect.signature(body, eval_str=True)
-    writes = issubclass(settings, WriterSettings)
-    shared: list[Callable[..., None]] = [_writer, _common] if writes else [_common]
     parameters = list(own.parameters.values())
-    for source in shared:
-        parameters += inspect.signature(source, eval_str=True).parameters.values()
+    for base, source in (
+        (OutputSettings, _output),
+        (WriterSettings, _resume),
+        (CommonSettings, _common),
+    ):
+        if issubclass(settings, base):
+            parameters += inspect.signature(source, eval_str=True).parameters.values()
 
     @functools.wraps(body)
     def command(**values: object) -> int:

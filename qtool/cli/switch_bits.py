@@ -42,9 +42,6 @@ def switch_bits(
         Path | None,
         option(SwitchBitsSettings, "onnx", "--onnx", panel=OUTPUT, metavar="FILE.onnx"),
     ] = None,
-    overwrite: Annotated[
-        bool | None, option(SwitchBitsSettings, "overwrite", "--overwrite", panel=OUTPUT)
-    ] = None,
 ) -> int:
     """Switch the widths of a checkpoint."""
     with session(ctx, SwitchBitsSettings) as run:

@@ -133,12 +133,13 @@ def build(
     return model.eval()
 
 
-def resolve(name: str, *, weights: str | Path = "pretrained") -> str:
+def resolve(name: str, *, weights: str | Path = "pretrained", offline: bool = False) -> str:
     """Find out which architecture `open_model` would build; reads no weights, opens no connection.
 
     Args:
         name: As for `open_model`.
         weights: As for `open_model`.
+        offline: As for `open_model`; unless it is set, what the hub may have counts as there.
 
     Returns:
         The timm name with its tag, or "demo_vit"; `name` itself for a hub repository, whose
@@ -146,10 +147,18 @@ def resolve(name: str, *, weights: str | Path = "pretrained") -> str:
 
     Raises:
         UsageError: The name is unknown.
-        MissingError: A file or folder that was named is absent, or timm has no such weights.
+        MissingError: A file or folder that was named is absent, timm has no such weights, or they
+            would have to be fetched offline.
     """
     path = _named_weights(weights)
-    return name if name.startswith(sources.HUB_PREFIXES) else _plan(name, path).architecture
+    if name.startswith(sources.HUB_PREFIXES):
+        if offline:
+            _plan_hub(name.partition(":")[2], path, offline)
+        return name
+    plan = _plan(name, path)
+    if plan.weights is None and (offline or plan.architecture in cifar.DEPTHS):
+        _fetch(plan, offline=True)
+    return plan.architecture
 
 
 def outline(name: str, *, weights: str | Path) -> tuple[nn.Module, tuple[int, int, int]] | None:

@@ -143,14 +143,11 @@ class CommonSettings(Settings):
     )
 
 
-class WriterSettings(CommonSettings):
+class OutputSettings(CommonSettings):
     """What every command that writes takes as well."""
 
     overwrite: bool = Field(default=False, description="Replace output that exists.")
     skip_existing: bool = Field(default=False, description="Leave output that exists as it is.")
-    resume: bool = Field(
-        default=False, description="Go on where an interrupted synthesis or training stopped."
-    )
 
     @model_validator(mode="after")
     def _one_answer_for_existing_output(self) -> Self:
@@ -160,3 +157,11 @@ class WriterSettings(CommonSettings):
                 remedy="give one of them",
             )
         return self
+
+
+class WriterSettings(OutputSettings):
+    """What every command takes whose work may be long."""
+
+    resume: bool = Field(
+        default=False, description="Go on where an interrupted synthesis or training stopped."
+    )

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
 from qtool.errors import UsageError
 from qtool.quant.bits import BitSpec, parse_width
-from qtool.settings.base import CommonSettings, OnnxPath, OutPath, checkpoint_in, hub_folder
+from qtool.settings.base import OnnxPath, OutPath, OutputSettings, checkpoint_in, hub_folder
 
 
 class Budget(NamedTuple):
@@ -51,7 +51,7 @@ def parse_budget(text: str) -> Budget:
     return Budget(float(match[1]) * 1e6, "bytes")
 
 
-class SwitchBitsSettings(CommonSettings):
+class SwitchBitsSettings(OutputSettings):
     """`qtool switch-bits`: the widths at which a switchable checkpoint runs."""
 
     target: Path = Field(
@@ -85,7 +85,6 @@ class SwitchBitsSettings(CommonSettings):
         description="ONNX model to write at these bits, a name in .onnx; without others, at those "
         "the file runs at. Takes any checkpoint; needs the extra onnx.",
     )
-    overwrite: bool = Field(default=False, description="Replace a copy or ONNX model that exists.")
 
     @model_validator(mode="after")
     def _one_request(self, info: ValidationInfo) -> Self:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from qtool.api import quantize_restoration
 from qtool.api import synthesize as synthesize_api
 from qtool.api.demoire import calibration as demoire_calibration
 from qtool.engine import dispatch
+from qtool.io import atomic
 from qtool.io.container import write_container
 from qtool.models import demoire, demoire_weights, vision
 from qtool.report import Result
@@ -45,6 +48,25 @@ def _quiet_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for effort in ("quick", "standard", "max"):
         monkeypatch.setitem(synthesize_api.STEPS, effort, 4)
         monkeypatch.setitem(quantize_api.RECONSTRUCTION_STEPS, effort, 1)
+
+
+@pytest.fixture
+def stale() -> Callable[[Path], Path]:
+    """Leave in a folder what a process that was killed while writing leaves."""
+
+    def leave(folder: Path) -> Path:
+        killed = subprocess.run(
+            [sys.executable, "-c", "import os; print(os.getpid())"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        name = f".file.qtool-{atomic._HOST}-{killed.stdout.strip()}-0123abcd.tmp"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"half")
+        return folder / name
+
+    return leave
 
 
 @pytest.fixture

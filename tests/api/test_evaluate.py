@@ -244,6 +244,7 @@ def test_a_plan_loads_no_weights(no_weights, class_folders):
         "count": 4,
         "baseline": None,
         "latency": True,
+        "device": "cpu",
     }
     assert api.plan(settings("demo_vit")).summary["data"] == "drawn pictures"
     with pytest.raises(UsageError, match="does not exist"):

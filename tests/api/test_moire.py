@@ -63,8 +63,18 @@ def test_simulation_goes_on_where_it_was_stopped():
         assert Path("half", name).read_bytes() == Path("whole", name).read_bytes()
 
 
-def test_existing_output_is_refused_or_skipped():
+def test_the_seed_decides_every_pair():
+    for out, seed in (("one", 0), ("two", 0), ("three", 1)):
+        synthesize_moire(settings(simulate=True, count=1, out=Path(out), seed=seed))
+    one, two, three = (Path(out, "moire/00000.png").read_bytes() for out in ("one", "two", "three"))
+    assert one == two
+    assert one != three
+
+
+def test_existing_output_is_refused_or_skipped(stale):
+    left = stale(Path("pairs"))
     synthesize_moire(settings(simulate=True, count=1))
+    assert not left.exists()
     with pytest.raises(OutputExistsError):
         synthesize_moire(settings(simulate=True))
     skipped = synthesize_moire(settings(simulate=True, skip_existing=True))
@@ -83,6 +93,12 @@ def test_painted_pairs_and_a_generator_that_serves_again():
     assert names("more/moire") == names("pairs/moire")
     facts = json.loads(Path("more/parameters/00000.json").read_text())
     assert facts["damage"] <= result.summary["thresholds"][0]
+    other = learning(generator=file, out=Path("other"), seed=1)
+    synthesize_moire(other)
+    painted = (Path(folder, "moire/00000.png").read_bytes() for folder in ("more", "other"))
+    assert len(set(painted)) == 2
+    with pytest.raises(OutputExistsError, match=r"g\.safetensors"):
+        synthesize_moire(learning(save_generator=file, out=Path("last")))
 
 
 def test_a_killed_training_goes_on_and_ends_alike(monkeypatch):

@@ -263,10 +263,12 @@ def test_a_report_that_cannot_be_written_is_refused_before_any_work(quantize, no
         quantize("deit_t", out=OUT, report=Path("report.html"))
 
 
-def test_existing_output_can_be_replaced(quantize, demo):
+def test_existing_output_can_be_replaced(quantize, demo, stale):
     OUT.write_bytes(b"mine")
+    left = stale(OUT.parent)
     quantize(demo, out=OUT, overwrite=True)
     assert checkpoint.read_header(OUT).active_bits == "w4a4"
+    assert not left.exists()
 
 
 @pytest.mark.parametrize("suffix", [".json", ".md", ".html"])

@@ -148,13 +148,34 @@ def test_a_switch_in_place_touches_the_header_alone(made, images):
     assert made.read_bytes() == MADE["any"]
 
 
-def test_a_copy_leaves_its_source_alone(made):
+def test_a_copy_leaves_its_source_and_what_is_there_alone(made, stale):
     switch(made, bits="w4a4", out=Path("copy.safetensors"))
     assert made.read_bytes() == MADE["any"]
     assert load("copy.safetensors").active_bits == "w4a4"
     assert tensor_bytes(Path("copy.safetensors")) == tensor_bytes(made)
     with pytest.raises(UsageError, match="exists"):
         switch(made, bits="4", out=Path("copy.safetensors"))
+    for dry_run in (True, False):
+        kept = switch(
+            made, bits="4", out=Path("copy.safetensors"), skip_existing=True, dry_run=dry_run
+        )
+        assert kept.summary["status"] == "skipped"
+        assert kept.status == ("planned" if dry_run else "ok")
+    assert load("copy.safetensors").active_bits == "w4a4"
+    left = stale(Path())
+    switch(made, bits="8", out=Path("copy.safetensors"), overwrite=True)
+    assert load("copy.safetensors").active_bits == "w8a8"
+    assert not left.exists()
+    with pytest.raises(UsageError, match="replace its source"):
+        switch(made, bits="4", out=made, overwrite=True)
+
+
+def test_a_dry_run_writes_nothing(made):
+    for place in ({"in_place": True}, {"out": Path("copy.safetensors")}):
+        planned = switch(made, bits="4", dry_run=True, **place)
+        assert (planned.status, planned.summary["active_bits"]) == ("planned", "w4a8")
+    assert made.read_bytes() == MADE["any"]
+    assert not Path("copy.safetensors").exists()
 
 
 def test_unused_planes_are_dropped(made, images):

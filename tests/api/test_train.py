@@ -8,7 +8,7 @@ import torch
 from qtool.api import train
 from qtool.api.moire import synthesize_moire
 from qtool.api.train import plan_demoire, train_demoire
-from qtool.errors import CheckpointError, MissingError, UsageError
+from qtool.errors import CheckpointError, MissingError, OutputExistsError, UsageError
 from qtool.io import images
 from qtool.models import demoire, demoire_weights
 from qtool.settings.moire import MoireSettings
@@ -115,6 +115,29 @@ def test_a_killed_training_goes_on_and_ends_alike():
     cut = train_demoire(settings(resume=True))
     assert cut.summary["held_out_psnr"] == whole.summary["held_out_psnr"]
     assert Path("w.safetensors").read_bytes() == Path("whole.safetensors").read_bytes()
+    assert not list(Path().glob(".*.resume"))
+
+
+def test_the_seed_and_what_is_there_are_respected(stale):
+    left = stale(Path())
+    train_demoire(settings(steps=2))
+    first = Path("w.safetensors").read_bytes()
+    assert not left.exists()
+    for act in (train_demoire, plan_demoire):
+        with pytest.raises(OutputExistsError):
+            act(settings(steps=2))
+        assert "skipped" in str(act(settings(steps=2, skip_existing=True)).summary)
+    assert Path("w.safetensors").read_bytes() == first
+    weights = []
+    for seed in (0, 1):
+        more = settings(
+            init="w.safetensors", width=None, out=Path("more.safetensors"), steps=8, seed=seed
+        )
+        assert train_demoire(more.model_copy(update={"overwrite": True})).summary["best_step"] > 0
+        weights.append(
+            demoire_weights.load_network(Path("more.safetensors")).module.gates[0].weight
+        )
+    assert not torch.equal(*weights)
 
 
 def test_a_budget_decides_on_the_steps():

@@ -55,6 +55,27 @@ def test_each_source_beats_the_next(qtool_run, fake_api, job, monkeypatch):
     assert settings.seed == 0
 
 
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("QTOOL_DEVICE", "cuda:1"),
+        ("QTOOL_BACKEND", "reference"),
+        ("QTOOL_OFFLINE", "1"),
+        ("QTOOL_THREADS", "4"),
+    ],
+)
+def test_every_variable_is_read_and_a_flag_beats_it(
+    qtool_run, fake_api, monkeypatch, variable, value
+):
+    name = variable.removeprefix("QTOOL_").lower()
+    monkeypatch.setenv(variable, value)
+    qtool_run("models")
+    qtool_run("models", "--device", "cpu", "--backend", "cpu", "--threads", "2")
+    read, given = (getattr(settings, name) for _, settings in fake_api.calls)
+    assert str(read) in (value, "True")
+    assert given == {"device": "cpu", "backend": "cpu", "threads": 2, "offline": True}[name]
+
+
 def test_a_flag_equal_to_the_default_still_beats_the_file(qtool_run, fake_api, job):
     qtool_run("quantize", "--config", job, "--count", "32", "--device", "auto")
     [(_, settings)] = fake_api.calls

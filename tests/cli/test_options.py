@@ -8,7 +8,7 @@ import typer.core
 
 from qtool.cli.commands import spoken
 from qtool.cli.program import program
-from qtool.settings.base import WriterSettings
+from qtool.settings.base import OutputSettings, WriterSettings
 from qtool.settings.demoire import DemoireSettings
 from qtool.settings.evaluate import EvaluateSettings
 from qtool.settings.models import InfoSettings, ModelsSettings
@@ -50,7 +50,7 @@ COMMON = [
     "--dry-run",
     "--log-file",
 ]
-WRITER = ["-o", "--out", "--overwrite", "--skip-existing", "--resume"]
+OUTPUT = ["-o", "--out", "--overwrite", "--skip-existing"]
 
 
 def command_of(words):
@@ -82,7 +82,8 @@ def test_only_the_commands_that_are_asked_for_are_imported():
 def test_every_command_has_the_common_options(words, settings):
     flags = {flag for param in command_of(words).params for flag in param.opts}
     assert set(COMMON) <= flags
-    assert (set(WRITER) <= flags) is issubclass(settings, WriterSettings)
+    assert (set(OUTPUT) <= flags) is issubclass(settings, OutputSettings)
+    assert ("--resume" in flags) is issubclass(settings, WriterSettings)
 
 
 @pytest.mark.parametrize(("words", "settings"), COMMANDS.items())

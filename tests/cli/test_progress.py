@@ -72,6 +72,7 @@ def test_a_bar_shows_stage_count_and_note():
     assert "blocks" in text
     assert "4/4" in text
     assert "[red]done" in text
+    assert "/s" in text or "s each" in text
     assert text.rstrip("\n").endswith("\x1b[?25h") or "\x1b[?25h" in text
 
 

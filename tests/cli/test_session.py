@@ -162,6 +162,8 @@ def test_a_log_file_gets_everything(qtool_run, fake_api, tmp_path):
     qtool_run("models", "-q", "--log-file", "run.log")
     text = (tmp_path / "run.log").read_text()
     assert all(word in text for word in ("details", "information", "device: cpu", "Traceback"))
+    qtool_run("models", "--log-file", "run.log")
+    assert (tmp_path / "run.log").read_text().startswith(text)
 
 
 def test_a_log_file_that_cannot_be_written_is_an_error(qtool_run, fake_api):

@@ -41,7 +41,7 @@ def test_opened_from_plain_weights(tmp_path):
     assert opened.data == cifar.DATA
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(opened.model(x), source.eval()(x))
-    assert vision.resolve("resnet8") == "resnet8"
+    assert vision.resolve("resnet8", weights=path) == "resnet8"
     assert vision.outline("resnet8", weights="pretrained")[1] == (3, 32, 32)
     layout = vision.layout(opened.model)
     assert layout.units[0] == "conv1"
@@ -50,9 +50,10 @@ def test_opened_from_plain_weights(tmp_path):
 
 
 def test_without_weights_a_file_is_asked_for():
-    with pytest.raises(MissingError) as caught:
-        vision.open_model("resnet20")
-    assert "--weights FILE" in caught.value.remedy
+    for ask in (vision.open_model, vision.resolve):
+        with pytest.raises(MissingError) as caught:
+            ask("resnet20")
+        assert "--weights FILE" in caught.value.remedy
 
 
 def test_wrong_arguments_and_other_depths_are_refused():

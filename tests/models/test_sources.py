@@ -127,6 +127,12 @@ def test_offline_opens_no_socket_and_names_the_command(no_sockets):
     assert "--weights FILE" in caught.value.remedy
 
 
+def test_the_hubs_own_variable_counts_as_offline(monkeypatch, no_sockets):
+    monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: True)
+    with pytest.raises(MissingError, match="and offline"):
+        sources.fetch("timm/x", NAMES, offline=False)
+
+
 def test_revision_is_part_of_the_command():
     with pytest.raises(MissingError) as caught:
         sources.fetch("a/b@v2", ("config.json",), offline=True, wanted="config.json")

@@ -299,9 +299,10 @@ def test_bare_hub_name_asks_for_its_prefix():
 )
 def test_missing_weights_offline(name, words, no_sockets, monkeypatch):
     monkeypatch.setattr(sources.huggingface_hub, "try_to_load_from_cache", lambda *_, **__: None)
-    with pytest.raises(MissingError) as caught:
-        vision.open_model(name, offline=True)
-    assert all(word in f"{caught.value.message} {caught.value.remedy}" for word in words)
+    for ask in (vision.open_model, vision.resolve):
+        with pytest.raises(MissingError) as caught:
+            ask(name, offline=True)
+        assert all(word in f"{caught.value.message} {caught.value.remedy}" for word in words)
 
 
 def test_local_dir(local_dir, no_sockets):
@@ -319,6 +320,7 @@ def test_hub_repository_from_the_cache(local_dir, no_sockets, monkeypatch):
         "try_to_load_from_cache",
         lambda _, name, revision: str(local_dir / name),
     )
+    assert vision.resolve("hf-hub:owner/name@main", offline=True) == "hf-hub:owner/name@main"
     opened = vision.open_model("hf-hub:owner/name@main", offline=True)
     assert opened.weights_source == "hf-hub:owner/name@main"
     assert opened.model_args == TINY

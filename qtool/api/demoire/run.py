@@ -23,7 +23,7 @@ from qtool.api.demoire import network as networks
 from qtool.api.demoire import photo as work
 from qtool.api.demoire import preview
 from qtool.api.demoire.jobs import Job, Plan, make_plan, relative, settings_hash
-from qtool.api.runtime import notice, prepare
+from qtool.api.runtime import notice, planned_device, prepare
 from qtool.errors import ImageError, MissingError, Progress, QtoolError, UsageError
 from qtool.io import folders, photo_metadata, photo_write, photos, segments
 from qtool.io.atomic import sweep, write_file
@@ -80,6 +80,7 @@ def plan(settings: DemoireSettings, *, listed: Sequence[str] = ()) -> Result:
         "megapixels": round(sum(item.get("megapixels", 0.0) for item in items), 1),
         "bytes": sum(item.get("bytes", 0) for item in items),
         "weights": str(networks.weights_path(settings)),
+        "device": planned_device(_placed(settings)),
         "output": settings.out,
     }
     return Result("demoire", status="planned", items=items, summary=summary)
@@ -403,6 +404,6 @@ def _result(run: _Run, seconds: float) -> Result:
         summary |= {
             "error": "no photograph could be restored",
             "remedy": run.errors[0].remedy,
-            "exit_code": 4 if missing else 1,
+            "exit_code": (MissingError if missing else QtoolError).exit_code,
         }
     return Result("demoire", status=status, items=items, summary=summary)

@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from qtool.api.demoire.jobs import make_plan
+from qtool.api.demoire.jobs import make_plan, settings_hash
 from qtool.errors import OutputExistsError, UsageError
+from qtool.io.journal import Journal, Record
+from qtool.models.sources import sha256
+from qtool.settings.base import CommonSettings
 from qtool.settings.demoire import DemoireSettings
 
 
@@ -16,6 +19,32 @@ def folder(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"x")
     return tmp_path / "photos"
+
+
+SHAPING = {
+    "head": "linear",
+    "transform": "signed",
+    "output_format": "png",
+    "quality": 95,
+    "bit_depth": "8",
+    "metadata": "no-gps",
+    "first_frame": True,
+    "tile": 256,
+    "overlap": 8,
+    "strength": 0.5,
+    "keep_colour": False,
+    "force": True,
+}
+"""What changes a result, so that `--skip-existing` makes it again."""
+
+ELSEWHERE = {"model", "weights", "mask"}
+"""What does so through the content of a file."""
+
+HARMLESS = {
+    *("paths", "files_from", "out", "recursive", "include", "exclude", "on_error", "preview"),
+    *("max_memory", "overwrite", "skip_existing", "resume"),
+    *CommonSettings.model_fields,
+}
 
 
 def planned(*paths, out, listed=(), share=(0, 1), **settings):
@@ -113,3 +142,43 @@ def test_nothing_to_do_is_an_error(tmp_path, paths, said):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="no photographs"):
         planned(tmp_path / "empty", out=tmp_path / "out")
+
+
+def test_every_setting_is_known_to_shape_a_result_or_not():
+    assert set(SHAPING) | ELSEWHERE | HARMLESS == set(DemoireSettings.model_fields)
+
+
+def test_what_shapes_a_result_changes_its_fingerprint(tmp_path):
+    def fingerprint(weights="w", **changed):
+        return settings_hash(DemoireSettings(out="out", **changed), weights)
+
+    plain = fingerprint()
+    assert plain == fingerprint(skip_existing=True, workers=2)
+    found = {name: fingerprint(**{name: value}) for name, value in SHAPING.items()}
+    found["weights"] = fingerprint("other")
+    for shade in (0, 255):
+        mask = tmp_path / "mask.png"
+        mask.write_bytes(bytes([shade]))
+        found[f"mask of {shade}"] = fingerprint(mask=mask)
+    assert len({plain, *found.values()}) == 1 + len(found)
+
+
+def test_another_photograph_under_the_same_name_is_restored_again(tmp_path):
+    source, out = tmp_path / "a.jpg", tmp_path / "out"
+    out.mkdir()
+    source.write_bytes(b"first")
+    (out / "a.jpg").write_bytes(b"result")
+    record = Record(
+        output="a.jpg",
+        input=str(source),
+        input_sha256=sha256(source),
+        settings_sha256=settings_hash(DemoireSettings(out=str(out)), ""),
+        output_sha256=sha256(out / "a.jpg"),
+        status="ok",
+        time="2026-01-01T00:00:00+00:00",
+    )
+    Journal(out).add(record)
+    assert len(planned(source, out=out, skip_existing=True).done) == 1
+    source.write_bytes(b"second")
+    plan = planned(source, out=out, skip_existing=True)
+    assert (len(plan.done), plan.replace) == (0, {out / "a.jpg"})
