@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from qtool.errors import UsageError
 from qtool.settings.base import WriterSettings
@@ -54,6 +54,15 @@ class TrainDemoireSettings(WriterSettings):
     save_every: int = Field(
         default=200, ge=1, description="Steps between measurements, at which work is also saved."
     )
+
+    @field_validator("out")
+    @classmethod
+    def _a_weight_file(cls, value: Path) -> Path:
+        if value.suffix.lower() == ".safetensors":
+            return value
+        raise UsageError(
+            f"{value} does not end in .safetensors", remedy=f"give -o {value}.safetensors"
+        )
 
     @model_validator(mode="after")
     def _something_to_learn_from(self) -> Self:

@@ -32,3 +32,10 @@ def test_a_generator_needs_photographs():
 def test_wrong_values_are_refused(values):
     with pytest.raises(UsageError):
         build(pairs=Path("p"), **values)
+
+
+@pytest.mark.parametrize("out", ["w", "w.pth", "folder/w.json"])
+def test_only_what_can_be_loaded_again_is_written(out):
+    with pytest.raises(UsageError, match=r"does not end in \.safetensors"):
+        build(pairs=Path("p"), out=Path(out))
+    assert build(pairs=Path("p"), out=Path("W.SafeTensors")).out.name == "W.SafeTensors"
