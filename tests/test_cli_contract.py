@@ -170,6 +170,32 @@ def test_existing_output_exits_2_naming_both_ways_on(qtool, tmp_path):
     assert (tmp_path / "out.safetensors").read_bytes() == b"mine"
 
 
+@pytest.mark.parametrize(("flag", "code"), [("", 2), ("--skip-existing", 2), ("--overwrite", 0)])
+@pytest.mark.parametrize("out", ["hub", "hub/"])
+def test_a_hub_folder_is_checked_before_work_starts(qtool, tmp_path, out, flag, code):
+    card = tmp_path / "hub" / "README.md"
+    card.parent.mkdir()
+    card.write_text("mine")
+    ran = qtool("quantize", "demo_vit", "--data-free", "-o", out, "-n", "--json", *flag.split())
+    assert ran.code == code
+    if code:
+        assert "README.md" in ran.json["summary"]["error"]
+        assert "--overwrite" in ran.json["summary"]["remedy"]
+    else:
+        assert ran.json["summary"]["output"] == "hub/model.safetensors"
+    assert [path.name for path in card.parent.iterdir()] == ["README.md"]
+
+
+def test_a_slash_makes_a_hub_folder_of_a_name_that_is_free(qtool, tmp_path):
+    for out, expected in (("new/", "new/model.safetensors"), ("new", "new")):
+        ran = qtool("quantize", "demo_vit", "--data-free", "-o", out, "-n", "--json")
+        assert ran.json["summary"]["output"] == expected
+    (tmp_path / "settings.toml").write_text('[quantize]\nout = "new/"\n')
+    line = "quantize demo_vit --data-free -n --json --config settings.toml"
+    assert qtool(*line.split()).json["summary"]["output"] == "new/model.safetensors"
+    assert 'out = "new/"' in qtool(*line.split()[:-4], "-o", "new/", "--dump-config").out
+
+
 @pytest.mark.parametrize(
     "line",
     [

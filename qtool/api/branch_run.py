@@ -60,7 +60,7 @@ class BranchRun:
     ) -> None:
         self.settings, self.network = settings, network
         self.train_pictures, self.held_out = train, held_out
-        self.state_path = settings.output.with_name(f".{settings.output.name}.resume")
+        self.state_path = settings.state
         self.per_epoch = branch_data.batches_in(len(train), settings.batch_size)
         device = next(network.parameters()).device
         self.config = BranchTraining(

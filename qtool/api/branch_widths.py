@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, BinaryIO
+from typing import Any
 
-from qtool.api import export
+from qtool.api import export, hub_folder
 from qtool.api.branch_model import at_width
 from qtool.errors import UsageError
-from qtool.io import branch_tensors, checkpoint, folders
-from qtool.io.atomic import write_file
+from qtool.io import branch_tensors, checkpoint
 from qtool.io.branch_tensors import BranchTable, size_of
 from qtool.methods.multiquant.branches import BODY
 from qtool.quant.bits import BitSpec, parse_width
@@ -64,15 +63,12 @@ def switch(settings: SwitchBitsSettings, table: checkpoint.PlaneTable) -> Result
             f"{settings.target} is a network of branches, which has one width as a whole",
             remedy="give --bits or --budget, without --layers and --drop-unused",
         )
-    if settings.out is not None:
-        folders.check_output(settings.out, overwrite=settings.overwrite)
-        if settings.out.exists() and settings.out.samefile(settings.target):
-            raise UsageError("the copy would replace its source", remedy="give --in-place")
+    hub_folder.check_copy(settings)
     row = _wanted(settings, rows)
     header = at_width(table.header, parse_width(row["bits"]).weight)
     if not settings.dry_run:
-        _write(settings, header)
-    written = settings.out if settings.out is not None else settings.target
+        hub_folder.switch(settings, header)
+    written = settings.output or settings.target
     summary = {
         "path": str(settings.target),
         "output": str(written),
@@ -96,17 +92,6 @@ def switch(settings: SwitchBitsSettings, table: checkpoint.PlaneTable) -> Result
         summary=summary,
         tables=(Table("Switched", ("what", "value"), facts),),
     )
-
-
-def _write(settings: SwitchBitsSettings, header: checkpoint.Header) -> None:
-    if settings.out is None:
-        checkpoint.change_header(settings.target, header)
-        return
-
-    def write(file: BinaryIO) -> None:
-        checkpoint.change_header(settings.target, header, copy=file)
-
-    write_file(settings.out, write, overwrite=settings.overwrite)
 
 
 def _wanted(settings: SwitchBitsSettings, rows: list[dict[str, Any]]) -> dict[str, Any]:

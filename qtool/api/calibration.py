@@ -30,6 +30,9 @@ from qtool.settings.quantize import QuantizeSettings
 HELD_OUT = 64
 """Most images kept aside to judge by."""
 
+MOST_WITH_PATCHES = 128
+"""Few images are joined by their blown-up patches, up to so many pictures in all."""
+
 LONG_MINUTES = 30
 """A synthesis that will take longer than this is announced."""
 
@@ -44,8 +47,10 @@ class Calibration:
         summary: What is worth saying about them.
         work: Synthesis whose state may be forgotten once the checkpoint is written.
         priors: Per attention site, the maps synthesized images were aligned to.
+        patches: Blown-up patches of the images to train on beside them, (P, 3, H, W). They cost
+            nothing, for the synthesis made them show their class too.
         held_out: Images nothing is calibrated on, (M, 3, H, W): other pictures of the folder, other
-            synthesized images, or else the blown-up patches of the synthesized ones.
+            synthesized images, or else a quarter of the blown-up patches.
     """
 
     pixels: Tensor
@@ -53,7 +58,13 @@ class Calibration:
     summary: dict[str, Any] = field(default_factory=dict)
     work: ResumableSynthesis | None = None
     priors: dict[str, Tensor] = field(default_factory=dict)
+    patches: Tensor | None = None
     held_out: Tensor | None = None
+
+    @property
+    def everything(self) -> Tensor:
+        """The images, and behind them their patches."""
+        return self.pixels if self.patches is None else torch.cat((self.pixels, self.patches))
 
 
 def source(settings: QuantizeSettings) -> str:
@@ -110,7 +121,7 @@ def gather(
         config,
         count=settings.count,
         batch_size=batch_size,
-        state=settings.output.with_name(f".{settings.output.name}.resume"),
+        state=settings.state,
         resume=settings.resume,
     )
     kept = work.kept_images
@@ -155,14 +166,22 @@ def _synthesize(work: ResumableSynthesis, kept: Path, progress: Progress | None)
         write_tensors(kept, made, work.opened, work.config)
     except (OSError, QtoolError) as error:
         notice.info("the images are not kept for the next run: %s", error)
+    trained, judged = _shared_out(made.boxes, count=len(made.images))
     return Calibration(
         made.images,
         work.config.method,
         _synthesis_summary(work.config.steps, made.agreement),
         work,
         made.priors,
-        held_out=magnified(made.images, made.boxes[:HELD_OUT]),
+        patches=magnified(made.images, trained),
+        held_out=magnified(made.images, judged),
     )
+
+
+def _shared_out(boxes: list[Box], *, count: int) -> tuple[list[Box], list[Box]]:
+    """The patches to train on beside `count` images, and the last quarter, to judge by."""
+    cut = len(boxes) - (len(boxes) + 3) // 4
+    return boxes[:cut][: max(0, MOST_WITH_PATCHES - count)], boxes[cut:][:HELD_OUT]
 
 
 def _read_kept(work: ResumableSynthesis, path: Path) -> Calibration | None:
@@ -241,6 +260,7 @@ def _read_synthetic(path: Path, opened: vision.OpenedModel, count: int) -> Calib
     if weights not in (None, opened.weights_sha256):
         notice.warning("%s was synthesized from other weights", path)
     boxes = [box for box in _boxes(tensors, pixels) if box.image < count]
+    trained, judged = _shared_out(boxes, count=min(count, len(pixels)))
     others = pixels[count : count + HELD_OUT]
     agreement = tensors.get("agreement")
     return Calibration(
@@ -252,7 +272,8 @@ def _read_synthetic(path: Path, opened: vision.OpenedModel, count: int) -> Calib
             for name, tensor in tensors.items()
             if name.startswith("prior.")
         },
-        held_out=others if len(others) else magnified(pixels, boxes[:HELD_OUT]),
+        patches=magnified(pixels, trained),
+        held_out=others if len(others) else magnified(pixels, judged),
     )
 
 

@@ -201,8 +201,8 @@ def evaluate(settings: EvaluateSettings, progress: Progress | None = None) -> Re
         for run, item in zip(runs[1:], items[1:], strict=True):
             item["drop"] = round(items[0]["top1"] - item["top1"], 2)
             item["agreement"] = round(100 * run.agreed / seen, 2)
-    if widths:
-        evaluate_widths.add_costs(items[-len(widths) :], Path(settings.target))
+    if widths and target.file is not None:
+        evaluate_widths.add_costs(items[-len(widths) :], target.file)
     summary: dict[str, Any] = {"count": seen, "failed": len(failed), **items[-1]}
     if baseline is not None:
         summary["baseline_top1"] = items[0]["top1"]

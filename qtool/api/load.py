@@ -12,7 +12,7 @@ from qtool.api import branch_model
 from qtool.api.nested_model import choose_bits, install
 from qtool.errors import CheckpointError, UsageError
 from qtool.io import checkpoint
-from qtool.models import demoire, demoire_weights, vision
+from qtool.models import demoire, demoire_weights, sources, vision
 from qtool.quant.attention import ATTENTION_CLASSES
 from qtool.quant.convolution import without_norm
 from qtool.quant.layers import Geometry, IntegerProducts, QuantConv2d, QuantLinear
@@ -21,15 +21,20 @@ from qtool.quant.widths import Request
 
 
 def load(
-    path: str | Path, *, device: str | torch.device = "cpu", bits: Request | None = None
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    bits: Request | None = None,
+    offline: bool = False,
 ) -> nn.Module:
     """Load a checkpoint as a module that computes with integers.
 
     Args:
-        path: File written by `qtool quantize`.
+        path: File or folder written by `qtool quantize`, or `hf-hub:OWNER/NAME` of such a folder.
         device: Where the model goes.
         bits: Bit-width to run at, for example 4 or "w4a4"; for a switchable checkpoint also a
             mapping of globs over layer names to widths. None takes the active ones of the file.
+        offline: Look for hub repositories in the local cache only; no socket is opened.
 
     Returns:
         The model in evaluation mode, (B, 3, H, W) to (B, classes), or to a tuple of pictures if it
@@ -38,9 +43,10 @@ def load(
 
     Raises:
         CheckpointError: The file is absent, damaged, foreign, hostile or of a newer format.
+        MissingError: The repository is not cached and cannot be fetched.
         UsageError: The file cannot run at `bits`.
     """
-    header, tensors = checkpoint.read(Path(path))
+    header, tensors = checkpoint.read(sources.checkpoint_file(path, offline=offline))
     if header.engine == "fixed" and bits is not None:
         _require_width(header, bits, path)
     model = restore(header, tensors, origin=str(path))

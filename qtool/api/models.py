@@ -8,7 +8,7 @@ from typing import Any
 
 from qtool.errors import Progress, UsageError
 from qtool.io import checkpoint
-from qtool.models import registry
+from qtool.models import registry, sources
 from qtool.report import Result, Table
 from qtool.settings.models import InfoSettings, ModelsSettings
 
@@ -64,8 +64,10 @@ def info(settings: InfoSettings, progress: Progress | None = None) -> Result:
 
     Raises:
         CheckpointError: The file is absent, damaged, foreign or of a newer format.
+        MissingError: The repository is not cached and cannot be fetched.
     """
-    header = checkpoint.read_header(settings.target)
+    path = sources.checkpoint_file(settings.target, offline=settings.offline)
+    header = checkpoint.read_header(path)
     items = [
         {
             "layer": name,
@@ -78,8 +80,8 @@ def info(settings: InfoSettings, progress: Progress | None = None) -> Result:
     ]
     widths = Counter(layer.weight_bits for layer in header.layers.values() if layer.weight_bits)
     summary: dict[str, Any] = {
-        "path": str(settings.target),
-        "bytes": settings.target.stat().st_size,
+        "path": str(path),
+        "bytes": path.stat().st_size,
         "architecture": header.architecture,
         "task": header.task,
         "engine": header.engine,
@@ -90,7 +92,7 @@ def info(settings: InfoSettings, progress: Progress | None = None) -> Result:
         "provenance": header.provenance,
     }
     facts = [
-        ("file", f"{settings.target} ({summary['bytes'] / 1e6:.2f} MB)"),
+        ("file", f"{path} ({summary['bytes'] / 1e6:.2f} MB)"),
         ("architecture", f"{header.architecture} ({header.task})"),
         ("bits", f"{header.active_bits} (engine {header.engine})"),
         ("layers", ", ".join(f"{n} at {b} bits" for b, n in sorted(widths.items()))),

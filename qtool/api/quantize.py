@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from qtool.api import (
     calibration,
     export,
+    hub_folder,
     layer_report,
     precision,
     quantize_any,
@@ -28,7 +29,7 @@ from qtool.api.quantized_header import calibrated_provenance, compressed_tensors
 from qtool.api.runtime import bfloat16_is_faster, check_report, prepare, write_report
 from qtool.api.synthesize import STEPS, denormalised, estimated_seconds, sheet_png
 from qtool.errors import Progress, QtoolError, UsageError
-from qtool.io import checkpoint, folders
+from qtool.io import checkpoint
 from qtool.methods.spdfq.reconstruction import (
     ReconstructionConfig,
     UnitRecord,
@@ -56,8 +57,11 @@ _ATTENTION_TITLE = "Where the last block looks, beside the priors its images wer
 def _outputs(settings: QuantizeSettings) -> bool:
     """Check all outputs before work starts; False means the result is there and may stay."""
     check_report(settings.report)
-    return folders.check_output(
-        settings.output, overwrite=settings.overwrite, skip_existing=settings.skip_existing
+    return hub_folder.check_output(
+        settings.output,
+        settings.folder,
+        overwrite=settings.overwrite,
+        skip_existing=settings.skip_existing,
     )
 
 
@@ -192,7 +196,7 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
     units = reconstruct(
         model,
         opened.model,
-        pixels,
+        made.everything.to(device),
         layout.units,
         config=ReconstructionConfig(
             steps=_steps(settings),
@@ -210,20 +214,6 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
     reconstructed = time.monotonic()
     layers = layer_report.measure(model, opened.model, plans, sample, losses=chosen.losses)
 
-    verified: dict[str, float] = {}
-
-    def verify(path: Path) -> None:
-        if settings.verify:
-            verified.update(_verify(path, settings.output, sample, simulated))
-
-    header = _header(settings, opened, plans, made)
-    checkpoint.write(
-        settings.output,
-        header,
-        model.state_dict(),
-        overwrite=settings.overwrite,
-        check=verify,
-    )
     summary: dict[str, Any] = {
         "model": opened.name,
         "architecture": opened.architecture,
@@ -231,20 +221,31 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
         "recipe": settings.recipe,
         "calibration": calibration.source(settings),
         "count": len(pixels),
+        "patches": len(made.everything) - len(pixels),
         "output": str(settings.output),
-        "bytes": settings.output.stat().st_size,
         "float_bytes": float_bytes,
         "quantized_weights": float_weights,
         **made.summary,
         **chosen.summary,
-        "seconds": {
-            "calibration_images": round(synthesized - started, 1),
-            "reconstruction": round(reconstructed - synthesized, 1),
-            "total": round(time.monotonic() - started, 1),
-        },
+        "calibration_agreement": _agreement(opened.model, model, sample),
+        "costliest_layers": layer_report.costliest(chosen.losses),
     }
-    if verified:
-        summary["verify"] = verified
+    if made.held_out is not None and len(made.held_out):
+        summary["held_out"] = len(made.held_out)
+        summary["held_out_agreement"] = _agreement(opened.model, model, made.held_out.to(device))
+    header = _header(settings, opened, plans, made)
+    hub_folder.save(
+        settings,
+        header,
+        model.state_dict(),
+        summary,
+        verify=lambda path: _verify(path, settings.output, sample, simulated),
+    )
+    summary["seconds"] = {
+        "calibration_images": round(synthesized - started, 1),
+        "reconstruction": round(reconstructed - synthesized, 1),
+        "total": round(time.monotonic() - started, 1),
+    }
     if exports is not None:
         summary["onnx"] = export.export(
             model,
@@ -254,11 +255,6 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
             overwrite=settings.overwrite,
             verify=settings.verify,
         )
-    summary["calibration_agreement"] = _agreement(opened.model, model, sample)
-    if made.held_out is not None and len(made.held_out):
-        summary["held_out"] = len(made.held_out)
-        summary["held_out_agreement"] = _agreement(opened.model, model, made.held_out.to(device))
-    summary["costliest_layers"] = layer_report.costliest(chosen.losses)
     attention = attention_png(opened, pixels, made.priors)
     result = Result(
         "quantize",
@@ -346,13 +342,18 @@ def _verify(path: Path, output: Path, sample: Tensor, expected: Tensor) -> dict[
     return {"max_abs_difference": difference, "same_choice": same}
 
 
+def _calibration(summary: Mapping[str, Any]) -> str:
+    patches = f" and {summary['patches']} of their patches" if summary["patches"] else ""
+    return f"{summary['count']} images{patches}, {summary['calibration']}"
+
+
 def _tables(
     summary: Mapping[str, Any], layers: list[dict[str, Any]], units: list[UnitRecord]
 ) -> tuple[Table, ...]:
     facts: list[tuple[str, Any]] = [
         ("file", summary["output"]),
         ("size", layer_report.shown_size(summary)),
-        ("calibration", f"{summary['count']} images, {summary['calibration']}"),
+        ("calibration", _calibration(summary)),
         *([("mean bits", f"{summary['mean_bits']:.2f}")] if "mean_bits" in summary else []),
         ("agreement with float on them", f"{summary['calibration_agreement']:.1%}"),
         *(

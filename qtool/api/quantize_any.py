@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtool.api import calibration, export, layer_report
+from qtool.api import calibration, export, hub_folder, layer_report
 from qtool.api.load import restore
 from qtool.api.nested_model import choose_bits
 from qtool.api.quantized_header import calibrated_provenance
@@ -122,17 +122,8 @@ def quantize(
     costs = _sensitivities(settings, model, plans, pinned, pixels, bits, progress)
     expected = _outputs(model, sample, _checked_widths(offer))
     freeze(model)
-    verified: dict[str, float] = {}
-
-    def verify(path: Path) -> None:
-        if settings.verify:
-            verified.update(_verify(path, settings.output, sample, expected))
-
     macs = multiplications(opened.model, plans, pixels[:1])
     header = _header(settings, opened, plans, made, offer, pinned, quantizer, macs, costs)
-    checkpoint.write(
-        settings.output, header, stored(model), overwrite=settings.overwrite, check=verify
-    )
     summary: dict[str, Any] = {
         "model": opened.name,
         "architecture": opened.architecture,
@@ -143,19 +134,23 @@ def quantize(
         "calibration": calibration.source(settings),
         "count": len(pixels),
         "output": str(settings.output),
-        "bytes": settings.output.stat().st_size,
         "float_bytes": sum(p.numel() * 4 for p in opened.model.parameters()),
         "quantized_weights": weight_parameters(opened.model, plans),
         **made.summary,
         "calibration_agreement": _agreement(opened.model, sample, expected),
-        "seconds": {
-            "calibration_images": round(gathered - started, 1),
-            "calibration": round(calibrated - gathered, 1),
-            "total": round(time.monotonic() - started, 1),
-        },
     }
-    if verified:
-        summary["verify"] = verified
+    hub_folder.save(
+        settings,
+        header,
+        stored(model),
+        summary,
+        verify=lambda path: _verify(path, settings.output, sample, expected),
+    )
+    summary["seconds"] = {
+        "calibration_images": round(gathered - started, 1),
+        "calibration": round(calibrated - gathered, 1),
+        "total": round(time.monotonic() - started, 1),
+    }
     if exports is not None:
         summary["onnx"] = export.export(
             model,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qtool import __version__
-from qtool.api import branch_data, branch_model, branch_widths, layer_report
+from qtool.api import branch_data, branch_model, branch_widths, hub_folder, layer_report
 from qtool.api.branch_run import BranchRun, float_accuracy
 from qtool.api.estimate import Estimate
 from qtool.api.load import restore
@@ -108,20 +108,6 @@ def quantize(
     frozen = freeze(network.eval())
     sample = _sample(held_out, next(network.parameters()).device)
     expected = {bits: frozen.at(sample, bits) for bits in widths}
-    verified: dict[str, float] = {}
-
-    def verify(path: Path) -> None:
-        if settings.verify:
-            verified.update(_verify(path, settings.output, sample, expected))
-
-    checkpoint.write(
-        settings.output,
-        _header(settings, opened, frozen, layout, narrow, run),
-        branch_model.stored(frozen, layout),
-        overwrite=settings.overwrite,
-        check=verify,
-    )
-    run.forget()
     summary: dict[str, Any] = {
         "model": opened.name,
         "architecture": opened.architecture,
@@ -130,7 +116,6 @@ def quantize(
         "widths": list(widths),
         "ablate": list(settings.ablate),
         "output": str(settings.output),
-        "bytes": settings.output.stat().st_size,
         "float_bytes": sum(p.numel() * 4 for p in opened.model.parameters()),
         "narrow_share": round(narrow.share, 4),
         "pictures": {"train": len(train), "held_out": len(held_out)},
@@ -138,13 +123,19 @@ def quantize(
         "training": run.config.to_dict(),
         "epochs": run.epochs,
         "float_top1": float_accuracy(opened.model, held_out, batch_size=settings.batch_size),
-        "seconds": {
-            "training": round(run.seconds, 1),
-            "total": round(time.monotonic() - started, 1),
-        },
     }
-    if verified:
-        summary["verify"] = verified
+    hub_folder.save(
+        settings,
+        _header(settings, opened, frozen, layout, narrow, run),
+        branch_model.stored(frozen, layout),
+        summary,
+        verify=lambda path: _verify(path, settings.output, sample, expected),
+    )
+    run.forget()
+    summary["seconds"] = {
+        "training": round(run.seconds, 1),
+        "total": round(time.monotonic() - started, 1),
+    }
     items = _items(settings.output, run)
     result = Result(
         "quantize",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qtool import __version__
-from qtool.api import layer_report
+from qtool.api import hub_folder, layer_report
 from qtool.api.demoire import calibration
 from qtool.api.demoire.network import missing_weights
 from qtool.api.load import restore
@@ -139,19 +139,6 @@ def quantize(
     freeze(model)
     reconstructed = time.monotonic()
     layers = layer_report.measure(model, reference, plans, sample, losses={})
-    verified: dict[str, float] = {}
-
-    def verify(path: Path) -> None:
-        if settings.verify:
-            verified.update(_verify(path, settings.output, sample, simulated, result))
-
-    checkpoint.write(
-        settings.output,
-        _header(settings, network, plans, made, source=path),
-        model.state_dict(),
-        overwrite=settings.overwrite,
-        check=verify,
-    )
     summary: dict[str, Any] = {
         "model": settings.model,
         "task": "restoration",
@@ -161,21 +148,25 @@ def quantize(
         "calibration": _calibration(settings),
         "count": len(pixels),
         "output": str(settings.output),
-        "bytes": settings.output.stat().st_size,
         "float_bytes": float_bytes,
         "quantized_weights": float_weights,
         "calibration_psnr_to_float": _mean_psnr(
             _restored(model, pixels, result), _restored(reference, pixels, result)
         ),
         **_judged(model, reference, made, result, device),
-        "seconds": {
-            "calibration_images": round(gathered - started, 1),
-            "reconstruction": round(reconstructed - gathered, 1),
-            "total": round(time.monotonic() - started, 1),
-        },
     }
-    if verified:
-        summary["verify"] = verified
+    hub_folder.save(
+        settings,
+        _header(settings, network, plans, made, source=path),
+        model.state_dict(),
+        summary,
+        verify=lambda written: _verify(written, settings.output, sample, simulated, result),
+    )
+    summary["seconds"] = {
+        "calibration_images": round(gathered - started, 1),
+        "reconstruction": round(reconstructed - gathered, 1),
+        "total": round(time.monotonic() - started, 1),
+    }
     found = Result(
         "quantize",
         items=layers,

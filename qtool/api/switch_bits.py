@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from qtool.api import branch_widths, export
+from torch import Tensor
+
+from qtool.api import branch_widths, export, hub_folder
 from qtool.api.file_widths import bit_operations, chosen, layers_in, needed_bytes, with_bits
 from qtool.errors import CheckpointError, Progress, UsageError
-from qtool.io import checkpoint, folders, nested_tensors
-from qtool.io.atomic import write_file
+from qtool.io import checkpoint, nested_tensors
+from qtool.models import sources
 from qtool.quant.allocation import Option, allot
 from qtool.quant.bits import BitSpec, parse_width
 from qtool.quant.widths import Choice, SwitchableLayer
@@ -34,6 +36,7 @@ def switch_bits(settings: SwitchBitsSettings, progress: Progress | None = None) 
         QtoolError: The file is damaged, or the copy cannot be written.
     """
     export.check_output(settings.onnx, overwrite=settings.overwrite)
+    settings = _located(settings)
     if settings.exports_alone:
         return _exported(settings)
     table = checkpoint.read_planes(settings.target)
@@ -47,10 +50,7 @@ def switch_bits(settings: SwitchBitsSettings, progress: Progress | None = None) 
     layers = layers_in(table)
     if settings.listing:
         return _listed(settings, table, layers)
-    if settings.out is not None:
-        folders.check_output(settings.out, overwrite=settings.overwrite)
-        if settings.out.exists() and settings.out.samefile(settings.target):
-            raise UsageError("the copy would replace its source", remedy="give --in-place")
+    hub_folder.check_copy(settings)
     specs = _wanted(settings, table, layers)
     header = with_bits(table, specs)
     if not settings.dry_run:
@@ -65,6 +65,22 @@ def switch_bits(settings: SwitchBitsSettings, progress: Progress | None = None) 
         summary=summary,
         tables=(_facts(summary),),
     )
+
+
+def _located(settings: SwitchBitsSettings) -> SwitchBitsSettings:
+    """The request with the file that its folder or hub repository holds.
+
+    Raises:
+        UsageError: A file of the hub's cache, which others read too, would be changed.
+        MissingError: The repository is not cached and cannot be fetched.
+    """
+    if settings.in_place and str(settings.target).startswith(sources.HUB_PREFIXES):
+        raise UsageError(
+            f"{settings.target} is not a file of yours to change", remedy="give -o for a copy"
+        )
+    offline = settings.offline or settings.dry_run
+    path = sources.checkpoint_file(settings.target, offline=offline)
+    return settings.model_copy(update={"target": path})
 
 
 def _exported(settings: SwitchBitsSettings) -> Result:
@@ -166,29 +182,17 @@ def _write(
     header: checkpoint.Header,
     specs: Mapping[str, BitSpec],
 ) -> None:
-    if settings.out is None:
-        if not settings.in_place:
-            return
-        checkpoint.change_header(settings.target, header)
-    elif settings.drop_unused:
-        _write_fewer(settings.target, settings.out, header, specs, overwrite=settings.overwrite)
+    if settings.drop_unused:
+        smaller, tensors = _fewer(settings.target, header, specs)
+        hub_folder.copy(settings, smaller, checkpoint.content(smaller, tensors))
     else:
-
-        def write(file: BinaryIO) -> None:
-            checkpoint.change_header(settings.target, header, copy=file)
-
-        write_file(settings.out, write, overwrite=settings.overwrite)
+        hub_folder.switch(settings, header)
 
 
-def _write_fewer(
-    source: Path,
-    out: Path,
-    header: checkpoint.Header,
-    specs: Mapping[str, BitSpec],
-    *,
-    overwrite: bool,
-) -> None:
-    """Write a copy without the planes, and the rows of scales, that no layer needs."""
+def _fewer(
+    source: Path, header: checkpoint.Header, specs: Mapping[str, BitSpec]
+) -> tuple[checkpoint.Header, dict[str, Tensor]]:
+    """A checkpoint without the planes, and the rows of scales, that no layer needs."""
     widths = header.nested
     if widths is None:
         raise CheckpointError(f"{source} has no planes")
@@ -222,7 +226,7 @@ def _write_fewer(
         }
     )
     smaller = header.model_copy(update={"layers": layers, "bits": names, "nested": fewer})
-    checkpoint.write(out, smaller, tensors, overwrite=overwrite)
+    return smaller, tensors
 
 
 def _items(
@@ -248,7 +252,7 @@ def _summary(
     header: checkpoint.Header,
     specs: Mapping[str, BitSpec],
 ) -> dict[str, Any]:
-    written = settings.out if settings.out is not None else settings.target
+    written = settings.output or settings.target
     weights = [specs[name].weight for name, layer in header.layers.items() if layer.weight_bits]
     return {
         "path": str(settings.target),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,9 @@ from torch import nn
 from qtool.api.file_widths import chosen
 from qtool.api.load import load
 from qtool.api.runtime import notice
-from qtool.errors import CheckpointError, QtoolError, UsageError
+from qtool.errors import CheckpointError, MissingError, QtoolError, UsageError
 from qtool.io import checkpoint
-from qtool.models import vision
+from qtool.models import sources, vision
 from qtool.quant.switchable import Switchable, layers_of
 from qtool.quant.widths import Choice
 from qtool.settings.evaluate import EvaluateSettings
@@ -34,6 +35,7 @@ class Target:
         labels_kind: "imagenet", "demo" or "".
         header: The checkpoint's header, for quantized targets.
         bytes: Size of the file, or of float32 weights.
+        file: The checkpoint, for quantized targets.
     """
 
     label: str
@@ -42,6 +44,7 @@ class Target:
     labels_kind: str
     header: checkpoint.Header | None
     bytes: int
+    file: Path | None = None
 
     @property
     def classes(self) -> int:
@@ -49,18 +52,54 @@ class Target:
         return int(getattr(self.model, "num_classes", 0))
 
 
-def is_checkpoint(name: str) -> bool:
-    """Tell whether a target is a file that claims to be a checkpoint of ours."""
-    path = Path(name)
+def find_checkpoint(name: str, *, offline: bool) -> Path | None:
+    """Find the file that claims to be a checkpoint of ours behind the name of a target.
+
+    A word that names a model means that model, even where a folder of the same name lies.
+
+    Args:
+        name: A file, a folder, a hub repository or a float model.
+        offline: Look for repositories in the local cache only; no socket is opened.
+
+    Returns:
+        The file; None for float models.
+
+    Raises:
+        CheckpointError: It is damaged.
+        MissingError: The repository is not cached and cannot be fetched.
+    """
+    if name.startswith(sources.HUB_PREFIXES):
+        config = sources.fetch_config(name.partition(":")[2], offline=offline)
+        if not sources.is_quantized(sources.read_config(config)):
+            return None
+    elif os.path.isdir(name) and _is_model(name):
+        return None
+    path = sources.checkpoint_file(name, offline=offline)
     if path.suffix != ".safetensors" or not path.is_file():
-        return False
+        return None
     try:
         checkpoint.read_header(path)
     except CheckpointError as error:
         if "is not a qtool checkpoint" in error.message and _is_foreign_weights(path):
-            return False
+            return None
         raise
+    return path
+
+
+def _is_model(name: str) -> bool:
+    try:
+        vision.resolve(name)
+    except QtoolError:
+        return False
     return True
+
+
+def _known_checkpoint(name: str) -> Path | None:
+    """Find a checkpoint without a connection, as a plan must: what is not cached is not known."""
+    try:
+        return find_checkpoint(name, offline=True)
+    except MissingError:
+        return None
 
 
 def _is_foreign_weights(path: Path) -> bool:
@@ -93,19 +132,21 @@ def open_target(
     name: str, *, weights: str, offline: bool, device: torch.device, bits: str | None = None
 ) -> Target:
     """Open a checkpoint, a switchable one at `bits` if given, or a float model."""
-    if is_checkpoint(name):
-        require_classifier(checkpoint.read_header(Path(name)), name)
-        model = load(name, device=device, bits=bits)
+    path = find_checkpoint(name, offline=offline)
+    if path is not None:
+        require_classifier(checkpoint.read_header(path), name)
+        model = load(path, device=device, bits=bits)
         header: checkpoint.Header = model.qtool_config  # type: ignore[assignment]
         demo = header.architecture == "demo_vit"
         classes = int(getattr(model, "num_classes", 0))
         return Target(
-            label=f"{getattr(model, 'active_bits', header.active_bits)} ({Path(name).name})",
+            label=f"{getattr(model, 'active_bits', header.active_bits)} ({_last_part(name)})",
             model=model,
             data=vision.DataConfig.from_dict(header.data),
             labels_kind="demo" if demo else "imagenet" if classes == 1000 else "",
             header=header,
-            bytes=Path(name).stat().st_size,
+            bytes=path.stat().st_size,
+            file=path,
         )
     opened = vision.open_model(name, weights=weights, offline=offline, device=device)
     return Target(
@@ -116,6 +157,11 @@ def open_target(
         header=None,
         bytes=sum(p.numel() * 4 for p in opened.model.parameters()),
     )
+
+
+def _last_part(name: str) -> str:
+    """The last part of a path, that of the current folder for a dot."""
+    return os.path.basename(os.path.abspath(name.removeprefix(sources.FOLDER_PREFIX)))
 
 
 def check_widths(target: Target, widths: Sequence[str], *, name: str) -> tuple[str, ...]:
@@ -150,8 +196,8 @@ def check_names(settings: EvaluateSettings) -> str:
     Raises:
         QtoolError: One of them is unknown, absent or damaged.
     """
-    is_ours = is_checkpoint(settings.target)
-    header = checkpoint.read_header(Path(settings.target)) if is_ours else None
+    path = _known_checkpoint(settings.target)
+    header = None if path is None else checkpoint.read_header(path)
     if header is not None:
         require_classifier(header, settings.target)
     architecture = (
@@ -160,7 +206,7 @@ def check_names(settings: EvaluateSettings) -> str:
         else header.architecture
     )
     baseline = _baseline(settings, header)
-    if baseline is not None and not _is_optional(settings) and not is_checkpoint(baseline[0]):
+    if baseline is not None and not _is_optional(settings) and not _known_checkpoint(baseline[0]):
         vision.resolve(baseline[0], weights=baseline[1])
     return architecture
 
@@ -180,6 +226,8 @@ def open_baseline(
     name, weights = named
     try:
         baseline = open_target(name, weights=weights, offline=settings.offline, device=device)
+        if settings.baseline is None and baseline.header is not None:
+            raise UsageError(f"{name} is no float model any more")
     except QtoolError as error:
         if not _is_optional(settings):
             raise

@@ -89,8 +89,8 @@ def quantize(
         ),
     ] = None,
     out: Annotated[
-        Path | None,
-        option(QuantizeSettings, "out", "--out", "-o", panel=OUTPUT, metavar="FILE"),
+        str | None,
+        option(QuantizeSettings, "out", "--out", "-o", panel=OUTPUT, metavar="FILE|DIR/"),
     ] = None,
     onnx: Annotated[
         Path | None,

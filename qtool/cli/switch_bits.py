@@ -32,8 +32,8 @@ def switch_bits(
         bool | None, option(SwitchBitsSettings, "in_place", "--in-place", panel=OUTPUT)
     ] = None,
     out: Annotated[
-        Path | None,
-        option(SwitchBitsSettings, "out", "--out", "-o", panel=OUTPUT, metavar="FILE"),
+        str | None,
+        option(SwitchBitsSettings, "out", "--out", "-o", panel=OUTPUT, metavar="FILE|DIR/"),
     ] = None,
     drop_unused: Annotated[
         bool | None, option(SwitchBitsSettings, "drop_unused", "--drop-unused", panel=OUTPUT)

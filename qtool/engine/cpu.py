@@ -30,8 +30,18 @@ EXACT_SUM = 2**24  # float32 holds every integer up to here
 
 @functools.cache
 def has_int8_units() -> bool:
-    """Whether PyTorch multiplies 8-bit integers in hardware here (x86 with VNNI)."""
-    return bool(torch.cpu._is_vnni_supported())
+    """Whether PyTorch multiplies uint8 by int8 in hardware here (x86 with VNNI)."""
+    return bool(torch.cpu._is_vnni_supported()) and takes_unsigned_codes()
+
+
+def takes_unsigned_codes() -> bool:
+    """Whether `torch._int_mm` takes uint8 on the left; torch 2.11 takes int8 alone."""
+    codes, weight = torch.ones(1, 1, dtype=torch.uint8), torch.ones(1, 1, dtype=torch.int8)
+    try:
+        torch._int_mm(codes, weight)
+    except RuntimeError:
+        return False
+    return True
 
 
 def product(codes: Tensor, weight: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: sibling temporary file, fsync, rename."""
+"""Files and folders that appear whole or not at all: sibling temporary, fsync, rename."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import os
 import platform
 import re
 import secrets
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -79,26 +80,84 @@ def write_file(
             raise output_exists(path)
         _sync_folder(target.parent)
     except OSError as error:
-        raise QtoolError(
-            f"cannot write {path}: {error.strerror or error}",
-            remedy=_REMEDIES.get(error.errno or 0, ""),
-        ) from error
+        raise _refused(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
 
 
-def sweep(directory: Path) -> list[Path]:
-    """Remove temporary files that an interrupted run left in a folder.
+def write_folder(
+    folder: Path,
+    files: Mapping[str, Writer | bytes],
+    *,
+    overwrite: bool = False,
+    check: Callable[[Path], None] | None = None,
+) -> None:
+    """Write files that belong together into a folder of their own.
 
-    A file goes when the process that made it, on this machine, is dead, or when nobody has touched
-    it for a day.
+    All of them are complete before one is seen. A new folder appears with all or not at all. In
+    one that is there, anything else stays, and the last file is gone while old and new ones may be
+    mixed: where it is, all are of one run.
 
     Args:
-        directory: The folder to look in; sub-folders are left alone.
+        folder: Where they go; missing folders above it are made, and a link is followed.
+        files: Their names and contents, made in this order.
+        overwrite: Whether files of these names may be replaced.
+        check: Given the first file, complete under a temporary name, before the others are made; if
+            it raises, nothing changes.
+
+    Raises:
+        OutputExistsError: One of the files exists and `overwrite` is false.
+        UsageError: `folder` is a file.
+        QtoolError: The file system refuses (full, read-only, no permission).
+    """
+    target = Path(os.path.realpath(folder))
+    is_new = not target.exists()
+    if not (is_new or target.is_dir()):
+        raise UsageError(f"{folder} is a file, not a folder", remedy="name another")
+    for name in () if overwrite else files:
+        if (target / name).exists():
+            raise output_exists(folder / name)
+    temporary = _temporary_name(target if is_new else target / "folder")
+    try:
+        sweep(temporary.parent)
+        temporary.mkdir(parents=True)
+        for name, content in files.items():
+            _write_through(temporary / name, content)
+            if check is not None:
+                check(temporary / name)
+                check = None
+        _sync_folder(temporary)
+        if is_new:
+            os.rename(temporary, target)
+        else:
+            *others, last = files
+            if overwrite:
+                (target / last).unlink(missing_ok=True)
+            for name in (*others, last):
+                if not _move_into_place(temporary / name, target / name, overwrite=overwrite):
+                    raise output_exists(folder / name)
+            _sync_folder(target)
+        _sync_folder(target.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and is_new and target.exists():
+            raise output_exists(folder) from error
+        raise _refused(folder, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sweep(directory: Path) -> list[Path]:
+    """Remove temporary files and folders that an interrupted run left in a folder.
+
+    One goes when the process that made it, on this machine, is dead, or when nobody has touched it
+    for a day.
+
+    Args:
+        directory: The folder to look in; other sub-folders are left alone.
 
     Returns:
-        The files removed.
+        What was removed.
     """
     removed = []
     with contextlib.suppress(OSError):
@@ -107,9 +166,19 @@ def sweep(directory: Path) -> list[Path]:
             if match is None or not _is_stale(entry, match["host"], int(match["pid"])):
                 continue
             with contextlib.suppress(OSError):
-                entry.unlink()
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink()
                 removed.append(entry)
     return removed
+
+
+def _refused(path: Path, error: OSError) -> QtoolError:
+    return QtoolError(
+        f"cannot write {path}: {error.strerror or error}",
+        remedy=_REMEDIES.get(error.errno or 0, ""),
+    )
 
 
 def _temporary_name(target: Path) -> Path:

@@ -40,8 +40,10 @@ from torch import Tensor
 
 from qtool.errors import CheckpointError
 from qtool.io import branch_tensors, nested_tensors
+from qtool.io.atomic import Writer, write_file
 from qtool.io.container import (
     change_metadata,
+    container_content,
     damaged,
     foreign,
     open_container,
@@ -49,7 +51,6 @@ from qtool.io.container import (
     read_tensors,
     shown,
     strict_json,
-    write_container,
 )
 from qtool.io.header import MIXED, Header, LayerBits, NestedWidths
 
@@ -61,6 +62,7 @@ __all__ = [
     "NestedWidths",
     "PlaneTable",
     "change_header",
+    "content",
     "read",
     "read_header",
     "read_planes",
@@ -103,17 +105,26 @@ def write(
         CheckpointError: Header and tensors disagree; nothing is written.
         OutputExistsError: The file exists and `overwrite` is false.
     """
+    write_file(path, content(header, tensors), overwrite=overwrite, check=check)
+
+
+def content(header: Header, tensors: Mapping[str, Tensor]) -> Writer:
+    """What writes a checkpoint to an open file; the same input gives the same bytes.
+
+    Args:
+        header: What the file says about itself.
+        tensors: All tensors of the quantized model by name.
+
+    Raises:
+        CheckpointError: Header and tensors disagree.
+    """
     problem = _disagreement(header, tensors)
     if problem:
-        raise CheckpointError(f"cannot write {path}: {problem}")
-    metadata = {"format": "pt", "qtool.format": str(FORMAT), "qtool.config": header.to_json()}
-    write_container(
-        path,
-        metadata,
+        raise CheckpointError(f"cannot write a checkpoint: {problem}")
+    return container_content(
+        {"format": "pt", "qtool.format": str(FORMAT), "qtool.config": header.to_json()},
         tensors,
         section_of=None if header.engine == "fixed" else _section_of(header),
-        overwrite=overwrite,
-        check=check,
     )
 
 

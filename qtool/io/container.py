@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from qtool.errors import CheckpointError, QtoolError
-from qtool.io.atomic import write_file
+from qtool.io.atomic import Writer, write_file
 
 # In the order in which the safetensors library stores them: wide elements first, so that every
 # tensor lies aligned.
@@ -156,15 +156,35 @@ def write_container(
 
     Args:
         path: Where the file goes; it appears whole or not at all.
-        metadata: Strings to store beside the tensors.
-        tensors: The tensors by name, on any device.
-        section_of: The section each tensor belongs to, 0, 1, ...; None for no sections.
+        metadata: As for `container_content`.
+        tensors: As for `container_content`.
+        section_of: As for `container_content`.
         overwrite: Whether an existing file may be replaced.
         check: As for `write_file`.
 
     Raises:
         CheckpointError: A name or an element type that the format cannot hold.
         OutputExistsError: The file exists and `overwrite` is false.
+    """
+    content = container_content(metadata, tensors, section_of=section_of)
+    write_file(path, content, overwrite=overwrite, check=check)
+
+
+def container_content(
+    metadata: Mapping[str, str],
+    tensors: Mapping[str, Tensor],
+    *,
+    section_of: Callable[[str], int] | None = None,
+) -> Writer:
+    """What writes tensors and metadata to an open file; the same input gives the same bytes.
+
+    Args:
+        metadata: Strings to store beside the tensors.
+        tensors: The tensors by name, on any device.
+        section_of: The section each tensor belongs to, 0, 1, ...; None for no sections.
+
+    Raises:
+        CheckpointError: A name or an element type that the format cannot hold.
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     for name, tensor in plain.items():
@@ -206,7 +226,7 @@ def write_container(
         for name in order:
             file.write(_bytes_of(plain[name]))
 
-    write_file(path, write, overwrite=overwrite, check=check)
+    return write
 
 
 def change_metadata(

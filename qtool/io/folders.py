@@ -6,10 +6,10 @@ import csv
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from qtool.errors import QtoolError, UsageError
+from qtool.errors import OutputExistsError, QtoolError, UsageError
 from qtool.io.atomic import output_exists
 
 IMAGE_SUFFIXES = frozenset(
@@ -123,6 +123,40 @@ def check_output(
         raise output_exists(path)
     _require_writable(path if folder else path.parent, path)
     return True
+
+
+def check_files(
+    folder: Path, names: Collection[str], *, overwrite: bool = False, skip_existing: bool = False
+) -> bool:
+    """Decide before any work whether files that belong together are to be written to a folder.
+
+    Args:
+        folder: Where they go; what else is there does not count.
+        names: Their names.
+        overwrite: Whether they may be replaced.
+        skip_existing: Whether they may be left as they are if all are there.
+
+    Returns:
+        True to write them, False to skip them.
+
+    Raises:
+        OutputExistsError: One exists and neither flag is given, or only some are there to be left.
+        UsageError: A file stands where the folder is needed or the other way round.
+        QtoolError: The place cannot be written to.
+    """
+    check_output(folder, overwrite=True, folder=True)
+    wanted = {
+        name: check_output(folder / name, overwrite=overwrite, skip_existing=skip_existing)
+        for name in names
+    }
+    missing = [name for name, is_wanted in wanted.items() if is_wanted]
+    if missing and len(missing) < len(wanted):
+        there = next(name for name, is_wanted in wanted.items() if not is_wanted)
+        raise OutputExistsError(
+            f"{folder} has a {there} but no {missing[0]}",
+            remedy="replace what is there with --overwrite, or name another folder",
+        )
+    return bool(missing)
 
 
 def _require_folder(folder: Path) -> None:

@@ -10,6 +10,10 @@ import difflib
 from dataclasses import dataclass
 from typing import Literal
 
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+"""What a model's folder and its repository on the hub hold."""
+
 Family = Literal["vit", "deit", "swin", "resnet", "mobilenet", "convnext", "demo"]
 
 

@@ -7,6 +7,7 @@ import json
 import ssl
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,14 @@ from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError, safe_open
 
 from qtool.errors import MissingError, UsageError
+from qtool.models.registry import CONFIG_FILE, WEIGHTS_FILE
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _PATIENCE = 5.0
+_HUB_FILES = f"{CONFIG_FILE} {WEIGHTS_FILE}"
+
+HUB_PREFIXES = ("hf-hub:", "hf_hub:")
+FOLDER_PREFIX = "local-dir:"
 
 
 def bundled(name: str) -> Path:
@@ -81,7 +87,7 @@ def read_json(text: str, *, origin: str) -> dict[str, Any]:
     """
     try:
         value = json.loads(text, parse_constant=_refuse)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{origin} is not valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise UsageError(f"{origin} is not a JSON object")
@@ -91,6 +97,48 @@ def read_json(text: str, *, origin: str) -> dict[str, Any]:
 def _refuse(constant: str) -> None:
     """Refuse NaN and infinities, which JSON does not have."""
     raise ValueError(f"{constant} is no number of JSON")
+
+
+def checkpoint_file(name: str | Path, *, offline: bool) -> Path:
+    """Return the file that a name of a checkpoint means; whether it is one has to be seen.
+
+    Args:
+        name: A file, a folder with or without `local-dir:`, or `hf-hub:OWNER/NAME`.
+        offline: Look for repositories in the local cache only; no socket is opened.
+
+    Raises:
+        MissingError: The repository is not cached, and offline, out of reach or not on the hub.
+    """
+    text = str(name)
+    if text.startswith(HUB_PREFIXES):
+        repository = text.partition(":")[2]
+        return fetch(repository, (WEIGHTS_FILE,), offline=offline, wanted=_HUB_FILES)
+    path = Path(text.removeprefix(FOLDER_PREFIX))
+    return path / WEIGHTS_FILE if path.is_dir() else path
+
+
+def fetch_config(repository: str, *, offline: bool) -> Path:
+    """Return the `config.json` of a hub repository, as `fetch` does."""
+    return fetch(repository, (CONFIG_FILE,), offline=offline, wanted=_HUB_FILES)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read the `config.json` of a model.
+
+    Raises:
+        UsageError: It is not a JSON object.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read ({error})") from error
+    return read_json(text, origin=str(path))
+
+
+def is_quantized(config: Mapping[str, Any]) -> bool:
+    """Tell whether a `config.json` stands beside a checkpoint of ours."""
+    quantization = config.get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "qtool"
 
 
 def fetch(

@@ -59,8 +59,7 @@ _BUILDING = (
 )
 """What timm raises for arguments that do not suit a network."""
 
-_WEIGHT_NAMES = ("model.safetensors", "pytorch_model.bin")
-_HUB_PREFIXES = ("hf-hub:", "hf_hub:")
+_WEIGHT_NAMES = (registry.WEIGHTS_FILE, "pytorch_model.bin")
 
 
 @dataclass
@@ -150,7 +149,7 @@ def resolve(name: str, *, weights: str | Path = "pretrained") -> str:
         MissingError: A file or folder that was named is absent, or timm has no such weights.
     """
     path = _named_weights(weights)
-    return name if name.startswith(_HUB_PREFIXES) else _plan(name, path).architecture
+    return name if name.startswith(sources.HUB_PREFIXES) else _plan(name, path).architecture
 
 
 def outline(name: str, *, weights: str | Path) -> tuple[nn.Module, tuple[int, int, int]] | None:
@@ -163,7 +162,7 @@ def outline(name: str, *, weights: str | Path) -> tuple[nn.Module, tuple[int, in
     Returns:
         The network on the "meta" device and its input size (3, H, W); None for a hub repository.
     """
-    if name.startswith(_HUB_PREFIXES):
+    if name.startswith(sources.HUB_PREFIXES):
         return None
     plan = _plan(name, _named_weights(weights))
     network = build(plan.architecture, plan.model_args, device="meta")
@@ -195,7 +194,7 @@ def open_model(
         MissingError: The weights are not on this machine and cannot be fetched.
     """
     path = _named_weights(weights)
-    if name.startswith(_HUB_PREFIXES):
+    if name.startswith(sources.HUB_PREFIXES):
         plan = _plan_hub(name.partition(":")[2], path, offline)
     else:
         plan = _plan(name, path)
@@ -239,7 +238,7 @@ def _named_weights(weights: str | Path) -> Path | None:
 
 def _plan(name: str, weights: Path | None) -> _Plan:
     """Find out on this machine what `name` means and where its weights lie."""
-    if name.startswith("local-dir:"):
+    if name.startswith(sources.FOLDER_PREFIX):
         return _plan_folder(Path(name.partition(":")[2]), weights, name)
     if name.endswith(".safetensors"):
         return _plan_file(Path(name), weights)
@@ -343,10 +342,7 @@ def _plan_file(path: Path, weights: Path | None) -> _Plan:
         raise MissingError(f"there is no file {path}", remedy="check the path")
     metadata = sources.read_metadata(path)
     if "qtool.format" in metadata:
-        raise UsageError(
-            f"{path} is a quantized checkpoint, not the weights of a float model",
-            remedy="evaluate it with `qtool eval`, or name the float model it was made from",
-        )
+        raise _quantized(path)
     if demoire_weights.METADATA_KEY in metadata:
         raise UsageError(
             f"{path} holds a network that restores pictures, not a classifier",
@@ -366,6 +362,13 @@ def _plan_file(path: Path, weights: Path | None) -> _Plan:
                 "JSON, `model_args` in the metadata of the file",
             )
     return _plan_metadata(weights or path, architecture)
+
+
+def _quantized(name: object) -> UsageError:
+    return UsageError(
+        f"{name} is a quantized checkpoint, not the weights of a float model",
+        remedy="evaluate it with `qtool eval`, or name the float model it was made from",
+    )
 
 
 def _plan_metadata(path: Path, architecture: str, given: Mapping[str, Any] | None = None) -> _Plan:
@@ -404,17 +407,15 @@ def _classes_of(path: Path, architecture: str) -> dict[str, Any]:
 
 
 def _plan_hub(repository: str, weights: Path | None, offline: bool) -> _Plan:
-    config = sources.fetch(
-        repository, ("config.json",), offline=offline, wanted="config.json model.safetensors"
-    )
+    config = sources.fetch_config(repository, offline=offline)
     path = weights or sources.fetch(repository, _WEIGHT_NAMES, offline=offline)
-    plan = _plan_config(config, path)
+    plan = _plan_config(config, path, f"hf-hub:{repository}")
     plan.source = str(weights) if weights else f"hf-hub:{repository}"
     return plan
 
 
 def _plan_folder(folder: Path, weights: Path | None, name: str) -> _Plan:
-    config = folder / "config.json"
+    config = folder / registry.CONFIG_FILE
     if not config.is_file():
         raise MissingError(
             f"there is no config.json in {folder}",
@@ -427,14 +428,16 @@ def _plan_folder(folder: Path, weights: Path | None, name: str) -> _Plan:
             f"there are no weights in {folder}",
             remedy="put model.safetensors there, or pass --weights FILE",
         )
-    plan = _plan_config(config, weights or found[0])
+    plan = _plan_config(config, weights or found[0], name)
     plan.source = str(weights) if weights else name
     return plan
 
 
-def _plan_config(config: Path, weights: Path) -> _Plan:
+def _plan_config(config: Path, weights: Path, name: str) -> _Plan:
     """Plan a model described by the config.json of a timm repository."""
-    values = sources.read_json(config.read_text(encoding="utf-8"), origin=str(config))
+    values = sources.read_config(config)
+    if sources.is_quantized(values):
+        raise _quantized(name)
     pretrained = dict(values.get("pretrained_cfg") or values)
     architecture = values.get("architecture")
     if not isinstance(architecture, str) or not timm.is_model(architecture.partition(".")[0]):

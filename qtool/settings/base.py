@@ -8,6 +8,7 @@ written. The command line takes its help texts from the descriptions there. Wron
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from qtool.errors import UsageError
+from qtool.models.registry import WEIGHTS_FILE
 
 Backend = Literal["auto", "reference", "cpu", "triton"]
 DType = Literal["float32"]
@@ -46,7 +48,29 @@ def _checked_onnx(value: Path | None) -> Path | None:
     raise UsageError(f"{str(value)!r} is no name of an ONNX file", remedy="let it end in .onnx")
 
 
+def _checked_out(value: Path | str | None) -> Path | str | None:
+    if value == "":
+        raise UsageError("the name of the output is empty", remedy="name a file or a folder")
+    return value
+
+
+def hub_folder(out: Path | str | None) -> Path | None:
+    """The folder that an output names, by a slash at its end or by being one; None for a file."""
+    if out is None or not (os.fspath(out).endswith("/") or os.path.isdir(out)):
+        return None
+    return Path(out)
+
+
+def checkpoint_in(out: Path | str) -> Path:
+    """The checkpoint that an output names: a file, or the one in a hub folder."""
+    folder = hub_folder(out)
+    return Path(out) if folder is None else folder / WEIGHTS_FILE
+
+
 Device = Annotated[str, AfterValidator(_checked_device)]
+OutPath = Annotated[Path | str | None, AfterValidator(_checked_out)]
+"""A file, or a folder if it ends in a slash, which a `Path` would forget."""
+
 OnnxPath = Annotated[Path | None, AfterValidator(_checked_onnx)]
 ReportPath = Annotated[Path | None, AfterValidator(_checked_report)]
 

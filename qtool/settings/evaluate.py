@@ -23,8 +23,8 @@ class EvaluateSettings(CommonSettings):
 
     target: str = Field(
         min_length=1,
-        description="Checkpoint, a model as `qtool models` lists, or with --reference a folder of "
-        "results.",
+        description="Checkpoint, its folder or hf-hub:ID; a model as `qtool models` lists; or with "
+        "--reference a folder of results.",
     )
     data: Path | None = Field(
         default=None,

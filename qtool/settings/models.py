@@ -18,4 +18,4 @@ class ModelsSettings(CommonSettings):
 class InfoSettings(CommonSettings):
     """`qtool info`: what a checkpoint holds."""
 
-    target: Path = Field(description="Checkpoint written by qtool.")
+    target: Path = Field(description="Checkpoint written by qtool, its folder or hf-hub:ID.")

@@ -11,7 +11,15 @@ from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
 from qtool.errors import UsageError
 from qtool.quant.bits import BitSpec, parse_average, parse_range, parse_rule
-from qtool.settings.base import Effort, OnnxPath, ReportPath, WriterSettings
+from qtool.settings.base import (
+    Effort,
+    OnnxPath,
+    OutPath,
+    ReportPath,
+    WriterSettings,
+    checkpoint_in,
+    hub_folder,
+)
 
 Budget = Literal["size", "macs"]
 Recipe = Literal["paper", "strong"]
@@ -69,9 +77,7 @@ class QuantizeSettings(WriterSettings):
         default="strong",
         description="strong: table quantizers for activations; paper: as SPDFQ publishes it.",
     )
-    effort: Effort = Field(
-        default="standard", description="Budget; standard takes the paper's number of steps."
-    )
+    effort: Effort = Field(default="standard", description="Budget; max is the paper's.")
     count: int = Field(default=32, ge=1, description="Number of calibration pictures.")
     steps: int | None = Field(
         default=None, ge=1, description="Optimisation steps; overrides the effort."
@@ -103,8 +109,10 @@ class QuantizeSettings(WriterSettings):
     weights: str = Field(
         default="pretrained", min_length=1, description="pretrained, or a weight file."
     )
-    out: Path | None = Field(
-        default=None, description="File to write; otherwise ./MODEL-BITS.safetensors."
+    out: OutPath = Field(
+        default=None,
+        description="File to write, otherwise ./MODEL-BITS.safetensors; or a folder for the hub, "
+        "which exists or ends in a slash.",
     )
     onnx: OnnxPath = Field(
         default=None,
@@ -202,13 +210,25 @@ class QuantizeSettings(WriterSettings):
 
     @property
     def output(self) -> Path:
-        """The file to write: `out`, or MODEL-BITS.safetensors in the current folder."""
+        """The checkpoint to write: at `out`, or MODEL-BITS.safetensors in the current folder."""
         if self.out is not None:
-            return self.out
+            return checkpoint_in(self.out)
         name = re.split("[/:]", self.model.rstrip("/"))[-1].removesuffix(".safetensors")
         safe = re.sub(r"[^\w.-]+", "-", name)
         bits = self.bits.replace(":", "").replace(",", "-")
         return Path(f"{safe}-{bits}.safetensors")
+
+    @property
+    def folder(self) -> Path | None:
+        """The hub folder to write; None for a checkpoint alone."""
+        return hub_folder(self.out)
+
+    @property
+    def state(self) -> Path:
+        """What an interrupted run leaves to go on from; a folder to come appears whole, later."""
+        folder = self.folder
+        place = self.output if folder is None or folder.is_dir() else folder
+        return place.with_name(f".{place.name}.resume")
 
 
 def _flag(field: str) -> str:

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
 from qtool.errors import UsageError
 from qtool.quant.bits import BitSpec, parse_width
-from qtool.settings.base import CommonSettings, OnnxPath
+from qtool.settings.base import CommonSettings, OnnxPath, OutPath, checkpoint_in, hub_folder
 
 
 class Budget(NamedTuple):
@@ -54,7 +54,9 @@ def parse_budget(text: str) -> Budget:
 class SwitchBitsSettings(CommonSettings):
     """`qtool switch-bits`: the widths at which a switchable checkpoint runs."""
 
-    target: Path = Field(description="Checkpoint made with `qtool quantize --bits any`.")
+    target: Path = Field(
+        description="Checkpoint made with `qtool quantize --bits any`, its folder or hf-hub:ID."
+    )
     bits: Annotated[str | None, AfterValidator(_checked_bits)] = Field(
         default=None,
         description="Width of all layers that are not pinned: bits of weights, or w4a4.",
@@ -70,7 +72,11 @@ class SwitchBitsSettings(CommonSettings):
     in_place: bool = Field(
         default=False, description="Change the header of the file itself; no tensor byte changes."
     )
-    out: Path | None = Field(default=None, description="Copy to write.")
+    out: OutPath = Field(
+        default=None,
+        description="Copy to write: a file, or a folder for the hub, which exists or ends in a "
+        "slash.",
+    )
     drop_unused: bool = Field(
         default=False, description="Leave planes that no layer needs out of the copy."
     )
@@ -114,6 +120,16 @@ class SwitchBitsSettings(CommonSettings):
         """Whether an ONNX model is all that is asked for, at the bits the file runs at."""
         writes = self.in_place or self.out is not None
         return self.onnx is not None and not (writes or self.bits or self.layers or self.budget)
+
+    @property
+    def output(self) -> Path | None:
+        """The checkpoint to write; None where no copy is asked for."""
+        return None if self.out is None else checkpoint_in(self.out)
+
+    @property
+    def folder(self) -> Path | None:
+        """The hub folder to write; None for a checkpoint alone."""
+        return hub_folder(self.out)
 
     @property
     def rules(self) -> tuple[tuple[str, BitSpec], ...]:

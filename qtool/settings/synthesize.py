@@ -25,9 +25,7 @@ class SynthesizeSettings(WriterSettings):
     out: Path = Field(description="Folder for the pictures.")
     count: int = Field(default=32, ge=1, description="Number of pictures.")
     method: SynthesisMethod = Field(default="spdfq", description="How pictures are made.")
-    effort: Effort = Field(
-        default="standard", description="Budget; standard takes the paper's number of steps."
-    )
+    effort: Effort = Field(default="standard", description="Budget; max is the paper's.")
     steps: int | None = Field(
         default=None, ge=1, description="Optimisation steps; overrides the effort."
     )

@@ -1,15 +1,20 @@
 """Real and synthesized calibration images, and folders that hold neither."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from qtool.api import calibration
 from qtool.api import synthesize as synthesize_api
 from qtool.errors import CheckpointError, UsageError
 from qtool.io import checkpoint
 from qtool.io.container import write_container
+from qtool.methods.spdfq.priors import Box
 from qtool.settings.synthesize import SynthesizeSettings
 
 OUT = Path("q.safetensors")
@@ -90,9 +95,32 @@ def test_synthetic_pictures_are_judged_on_others_or_on_their_patches(
     folder = synthesize(demo)
     result = quantize(demo, synthetic=folder, count=count, out=OUT)
     boxes = synthesize_api.read_tensor_file(folder / synthesize_api.TENSORS)[1]["boxes"]
-    assert result.summary["held_out"] == (held_out or len(boxes))
+    own = int((boxes[:, 0] < count).sum())
+    assert result.summary["held_out"] == (held_out or math.ceil(own / 4))
+    assert result.summary["patches"] == own - math.ceil(own / 4)
+    assert f"{own - math.ceil(own / 4)} of their patches" in str(result.tables[0])
     assert 0 <= result.summary["held_out_agreement"] <= 1
     assert "Where the last block looks" in result.pictures[1].title
+
+
+@given(boxes=st.integers(min_value=0, max_value=400), count=st.integers(min_value=1, max_value=300))
+def test_patches_are_trained_on_or_judged_by(boxes, count):
+    made = [Box(index % count, 0, 0, 8, 1) for index in range(boxes)]
+    trained, judged = calibration._shared_out(made, count=count)
+    assert not set(map(id, trained)) & set(map(id, judged))
+    assert count + len(trained) <= max(count, calibration.MOST_WITH_PATCHES)
+    assert bool(judged) is bool(made)
+    assert len(judged) <= calibration.HELD_OUT
+
+
+def test_patches_follow_the_images_they_were_cut_from():
+    images, patches = torch.zeros(2, 3, 8, 8), torch.ones(3, 3, 8, 8)
+    alone = calibration.Calibration(images, "spdfq")
+    assert torch.equal(alone.everything, images)
+    assert torch.equal(
+        calibration.Calibration(images, "spdfq", patches=patches).everything,
+        torch.cat((images, patches)),
+    )
 
 
 def test_boxes_outside_their_image_are_not_read(quantize, demo):

@@ -69,7 +69,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, action="append", required=True)
     parser.add_argument("--count", type=int, default=32, help="calibration images")
     parser.add_argument("--steps", type=int, help="training steps per block")
-    parser.add_argument("--effort", default="quick", help="of the synthesis")
+    parser.add_argument("--effort", default="standard", help="of the synthesis")
     parser.add_argument("--results", type=Path, help="file to read and keep results in")
     parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
     return parser.parse_args()

@@ -75,6 +75,25 @@ def test_products_without_int8_units_are_exact(monkeypatch, terms):
     assert torch.equal(cpu.product(codes, weight).long(), codes.long() @ weight.long())
 
 
+needs_unsigned_codes = pytest.mark.skipif(
+    not cpu.takes_unsigned_codes(), reason="this torch multiplies int8 by int8 only"
+)
+
+
+def test_a_torch_without_unsigned_products_has_no_int8_units(monkeypatch):
+    def refuse(left, right):
+        raise RuntimeError(f"expected int8, not {left.dtype}")
+
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    monkeypatch.setattr(torch, "_int_mm", refuse)
+    cpu.has_int8_units.cache_clear()
+    try:
+        assert not cpu.has_int8_units()
+    finally:
+        cpu.has_int8_units.cache_clear()
+
+
+@needs_unsigned_codes
 @pytest.mark.usefixtures("exact_int8_products")
 def test_the_self_check_notices_saturation(monkeypatch):
     exact = torch._int_mm
@@ -85,7 +104,13 @@ def test_the_self_check_notices_saturation(monkeypatch):
     cpu.int8_product_is_exact.cache_clear()
 
 
-@pytest.mark.parametrize("units", [True, False], ids=["int8 units", "float32"])
+@pytest.mark.parametrize(
+    "units",
+    [
+        pytest.param(True, id="int8 units", marks=needs_unsigned_codes),
+        pytest.param(False, id="float32"),
+    ],
+)
 @pytest.mark.parametrize("bits", [2, 5, 8])
 def test_nested_layers_are_exact_with_and_without_int8_units(monkeypatch, draw, units, bits):
     rows, terms = cpu.BLOCK_ROWS + 3, 1100

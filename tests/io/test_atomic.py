@@ -179,3 +179,152 @@ def test_a_check_sees_the_whole_file_and_can_refuse_it(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
     atomic.write_file(path, b"new", overwrite=True, check=lambda temporary: None)
     assert path.read_bytes() == b"new"
+
+
+FILES = {"model": lambda file: file.write(b"weights"), "card": b"words", "config": b"{}"}
+
+
+def _contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def _written(**changed):
+    return {"model": b"weights", "card": b"words", "config": b"{}", **changed}
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_folder_gets_all_its_files(tmp_path, exists):
+    folder = tmp_path / "a" / "b"
+    if exists:
+        folder.mkdir(parents=True)
+        (folder / "other").write_bytes(b"theirs")
+    before = os.umask(0o027)
+    try:
+        atomic.write_folder(folder, FILES)
+    finally:
+        os.umask(before)
+    assert _contents(folder) == _written(**({"other": b"theirs"} if exists else {}))
+    assert (folder / "model").stat().st_mode & 0o777 == 0o640
+    assert exists or folder.stat().st_mode & 0o777 == 0o750
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_one_file_that_is_there_keeps_the_others_out(tmp_path, name):
+    (tmp_path / name).write_bytes(b"old")
+    with pytest.raises(OutputExistsError, match=name) as caught:
+        atomic.write_folder(tmp_path, FILES)
+    assert "--overwrite" in caught.value.remedy
+    assert _contents(tmp_path) == {name: b"old"}
+    atomic.write_folder(tmp_path, FILES, overwrite=True)
+    assert _contents(tmp_path) == _written()
+
+
+def test_a_file_is_no_folder_to_write_to(tmp_path):
+    (tmp_path / "file").write_bytes(b"old")
+    with pytest.raises(UsageError, match="is a file"):
+        atomic.write_folder(tmp_path / "file", FILES, overwrite=True)
+    assert _contents(tmp_path) == {"file": b"old"}
+
+
+def test_links_to_folders_are_followed(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "dangling").symlink_to("new")
+    for name, place in (("link", "real"), ("dangling", "new")):
+        atomic.write_folder(tmp_path / name, FILES)
+        assert (tmp_path / name).is_symlink()
+        assert _contents(tmp_path / place) == _written()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError])
+@pytest.mark.parametrize("exists", [False, True])
+@pytest.mark.parametrize("broken", FILES)
+def test_an_interrupted_folder_stays_as_it_was(tmp_path, error, exists, broken):
+    folder = tmp_path / "folder"
+    if exists:
+        atomic.write_folder(folder, FILES)
+
+    def interrupted(file):
+        file.write(b"half")
+        raise error
+
+    with pytest.raises(error):
+        atomic.write_folder(folder, {**FILES, broken: interrupted}, overwrite=True)
+    assert list(tmp_path.iterdir()) == ([folder] if exists else [])
+    assert not exists or _contents(folder) == _written()
+
+
+@pytest.mark.parametrize("moves", [0, 1, 2])
+def test_while_old_and_new_are_mixed_the_last_file_is_missing(tmp_path, monkeypatch, moves):
+    atomic.write_folder(tmp_path, FILES)
+    replace, done = os.replace, []
+
+    def stop(source, target):
+        if len(done) == moves:
+            raise KeyboardInterrupt
+        done.append(replace(source, target))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            atomic.write_folder(tmp_path, dict.fromkeys(FILES, b"new"), overwrite=True)
+    mixed = dict.fromkeys(list(FILES)[:moves], b"new")
+    expected = _written(**mixed)
+    del expected["config"]
+    assert _contents(tmp_path) == expected
+
+
+def test_a_folder_made_meanwhile_is_not_replaced(tmp_path):
+    folder = tmp_path / "folder"
+
+    def slow(file):
+        folder.mkdir()
+        (folder / "theirs").write_bytes(b"theirs")
+
+    with pytest.raises(OutputExistsError):
+        atomic.write_folder(folder, {"model": slow})
+    assert _contents(folder) == {"theirs": b"theirs"}
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_check_sees_the_first_file_before_the_others_are_made(tmp_path):
+    folder, seen = tmp_path / "folder", []
+
+    def card(file):
+        file.write(b"checked " + seen[0])
+
+    def look(path):
+        seen.append(path.read_bytes())
+
+    atomic.write_folder(folder, {**FILES, "card": card}, check=look)
+    assert _contents(folder) == _written(card=b"checked weights")
+    assert seen == [b"weights"]
+
+    def refuse(path):
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        atomic.write_folder(folder, {**FILES, "model": b"new"}, overwrite=True, check=refuse)
+    assert _contents(folder) == _written(card=b"checked weights")
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_killed_process_leaves_no_half_folder_and_the_next_one_sweeps(tmp_path, exists):
+    folder = tmp_path / "folder"
+    if exists:
+        folder.mkdir()
+    code = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from qtool.io.atomic import write_folder\n"
+        "def write(file):\n"
+        "    file.write(b'half'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "write_folder(Path(sys.argv[1]), {'model': b'whole', 'card': write})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], timeout=60, check=False)
+    assert done.returncode == -9
+    assert folder.exists() == exists
+    assert not (folder / "model").exists()
+    atomic.write_folder(folder, FILES)
+    assert _contents(folder) == _written()
+    assert list(tmp_path.iterdir()) == [folder]

@@ -6,7 +6,7 @@ import tempfile
 import pytest
 
 from qtool.errors import OutputExistsError, QtoolError, UsageError
-from qtool.io.folders import check_output, find_images, read_labelled
+from qtool.io.folders import check_files, check_output, find_images, read_labelled
 
 
 def _touch(folder, *names):
@@ -188,3 +188,22 @@ def test_output_in_a_place_without_permission(tmp_path, monkeypatch):
     with pytest.raises(QtoolError, match="Permission denied") as caught:
         check_output(tmp_path / "deep" / "file.bin")
     assert caught.value.exit_code == 1
+
+
+def test_files_that_belong_together_are_there_or_not(tmp_path):
+    names = ("a", "b")
+    assert check_files(tmp_path / "new", names)
+    assert not (tmp_path / "new").exists()
+    _touch(tmp_path, "other")
+    assert check_files(tmp_path, names, skip_existing=True)
+    _touch(tmp_path, "b")
+    with pytest.raises(OutputExistsError, match="b exists already"):
+        check_files(tmp_path, names)
+    with pytest.raises(OutputExistsError, match="has a b but no a") as caught:
+        check_files(tmp_path, names, skip_existing=True)
+    assert "--overwrite" in caught.value.remedy
+    assert check_files(tmp_path, names, overwrite=True)
+    _touch(tmp_path, "a")
+    assert not check_files(tmp_path, names, skip_existing=True)
+    with pytest.raises(UsageError, match="is a file; a folder is needed"):
+        check_files(tmp_path / "a", names, overwrite=True)

@@ -76,6 +76,39 @@ def test_bad_json_is_a_usage_error(text):
         sources.read_json(text, origin="here")
 
 
+def test_a_config_that_cannot_be_read_is_a_usage_error(tmp_path):
+    path = tmp_path / "config.json"
+    for content in (b"\xff", b"[1]", b'{"a":' * 100_000):
+        path.write_bytes(content)
+        with pytest.raises(UsageError, match=r"config\.json"):
+            sources.read_config(path)
+    with pytest.raises(UsageError, match="cannot be read"):
+        sources.read_config(tmp_path / "absent")
+    path.write_text('{"quantization_config": {"quant_method": "qtool"}}')
+    assert sources.is_quantized(sources.read_config(path))
+    for other in ({}, {"quantization_config": "qtool"}, {"quantization_config": {"bits": 4}}):
+        assert not sources.is_quantized(other)
+
+
+def test_names_of_checkpoints_are_files_folders_or_repositories(tmp_path, monkeypatch):
+    file = tmp_path / "model.safetensors"
+    for name in (tmp_path, f"{tmp_path}/", f"local-dir:{tmp_path}", file, str(file)):
+        assert sources.checkpoint_file(name, offline=True) == file
+    absent = tmp_path / "absent"
+    assert sources.checkpoint_file(f"local-dir:{absent}", offline=True) == absent
+    with pytest.raises(MissingError) as caught:
+        sources.checkpoint_file("hf-hub:a/b@v2", offline=True)
+    command = "`hf download a/b config.json model.safetensors --revision v2`"
+    assert command in caught.value.remedy
+    monkeypatch.setattr(
+        huggingface_hub,
+        "try_to_load_from_cache",
+        lambda repository, name, revision: str(tmp_path / repository / f"{revision}-{name}"),
+    )
+    found = sources.checkpoint_file("hf-hub:a/b@v2", offline=True)
+    assert found == tmp_path / "a" / "b" / "v2-model.safetensors"
+
+
 def test_cached_file_needs_no_network(tmp_path, monkeypatch, no_sockets):
     monkeypatch.setattr(
         huggingface_hub,

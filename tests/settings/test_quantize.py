@@ -87,3 +87,24 @@ def test_a_list_of_widths_names_the_file():
 def test_options_that_make_no_sense_with_an_engine_are_refused(values, words):
     with pytest.raises(UsageError, match=words):
         QuantizeSettings.build({**BRANCHES, **values})
+
+
+def test_a_slash_or_a_folder_asks_for_a_hub_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = quantize(out="new/")
+    assert (made.folder, made.output) == (Path("new"), Path("new/model.safetensors"))
+    assert made.state == Path(".new.resume")
+    for file in (quantize(out="new"), quantize(out=Path("new/"))):
+        assert (file.folder, file.output) == (None, Path("new"))
+    (tmp_path / "new").mkdir()
+    for out in ("new", "new/", Path("new"), tmp_path / "new"):
+        assert quantize(out=out).folder == Path(out)
+    assert quantize(out="new").state == Path("new/.model.safetensors.resume")
+    assert quantize(out=".").output == Path("model.safetensors")
+    assert quantize().folder is None
+    assert quantize().state == Path(".vit_b-w4a4.safetensors.resume")
+
+
+def test_an_output_without_a_name_is_refused():
+    with pytest.raises(UsageError, match="the name of the output is empty"):
+        quantize(out="")

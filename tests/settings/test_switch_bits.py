@@ -106,3 +106,12 @@ def test_an_onnx_model_is_known_by_its_name(name):
     with pytest.raises(UsageError, match="is no name of an ONNX file") as caught:
         settings(onnx=Path(name))
     assert ".onnx" in caught.value.remedy
+
+
+def test_a_copy_is_a_file_or_a_hub_folder(tmp_path):
+    assert settings(listing=True).output is None
+    assert settings(listing=True).folder is None
+    assert settings(bits="4", out="b.safetensors").output == Path("b.safetensors")
+    made = settings(bits="4", out=f"{tmp_path}/hub/")
+    assert (made.folder, made.output) == (tmp_path / "hub", tmp_path / "hub" / "model.safetensors")
+    assert settings(bits="4", out=tmp_path).folder == tmp_path

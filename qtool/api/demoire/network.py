@@ -33,10 +33,12 @@ def weights_path(settings: DemoireSettings) -> Path:
     """The file of weights that a run takes.
 
     Raises:
-        MissingError: None is named, and none came with this installation.
+        MissingError: None is named, and none came with this installation; or the repository that
+            is named is not cached and cannot be fetched.
     """
     if settings.weights is not None:
-        return settings.weights
+        offline = settings.offline or settings.dry_run
+        return sources.checkpoint_file(settings.weights, offline=offline)
     if settings.model is not None and not demoire.find(settings.model).bundled:
         raise missing_weights(settings.model)
     return demoire_weights.bundled_path()

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from qtool.errors import Progress
-from qtool.methods.multiquant.streams import Stream, unit_calls
 from qtool.methods.spdfq.reconstruction import feeds_within
+from qtool.methods.streams import Stream, unit_calls
 from qtool.models.vision import AttentionSite
 from qtool.quant.attention import ATTENTION_CLASSES
 from qtool.quant.bits import BitSpec

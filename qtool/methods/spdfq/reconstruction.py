@@ -11,8 +11,7 @@ arXiv 2212.08254).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from qtool.errors import Progress
+from qtool.methods.streams import Stream, unit_calls
 from qtool.models.vision import AttentionSite, Layout
 from qtool.quant.attention import ATTENTION_CLASSES
 from qtool.quant.convolution import SimulatedConv2d
@@ -68,10 +68,6 @@ class UnitRecord:
     after: float
 
 
-class _Reached(Exception):  # noqa: N818 - a way out, not an error
-    """Raised to leave a forward pass once the wanted tensor is in hand."""
-
-
 def simulate(
     model: nn.Module, plans: Mapping[str, LayerPlan], sites: Sequence[AttentionSite]
 ) -> nn.Module:
@@ -107,60 +103,13 @@ def freeze(model: nn.Module) -> nn.Module:
     return model.requires_grad_(False)
 
 
-@contextmanager
-def _stopping_at(unit: nn.Module, caught: dict[str, Any], *, after: bool) -> Iterator[None]:
-    def before_hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        caught["args"], caught["kwargs"] = args, kwargs
-        raise _Reached
-
-    def after_hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        caught["output"] = output
-        raise _Reached
-
-    handle = (
-        unit.register_forward_hook(after_hook)
-        if after
-        else unit.register_forward_pre_hook(before_hook, with_kwargs=True)
-    )
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@torch.no_grad()
-def _run_to(model: nn.Module, name: str, images: Tensor, *, after: bool) -> dict[str, Any]:
-    caught: dict[str, Any] = {}
-    with _stopping_at(model.get_submodule(name), caught, after=after):
-        try:
-            model(images)
-        except _Reached:
-            return caught
-    raise AssertionError(f"{name} takes no part in the model's forward pass")
-
-
-def _gather(
-    model: nn.Module, name: str, images: Tensor, *, after: bool, batch_size: int
-) -> tuple[Tensor, dict[str, Any]]:
-    """Input (or output) of a unit for all images, and its other arguments."""
-    parts = [_run_to(model, name, batch, after=after) for batch in images.split(batch_size)]
-    if after:
-        return torch.cat([part["output"] for part in parts]), {}
-    return torch.cat([part["args"][0] for part in parts]), parts[0]["kwargs"]
-
-
 def _relative_error(output: Tensor, target: Tensor) -> float:
     return float((output - target).square().sum() / target.square().sum().clamp_min(1e-12))
 
 
 @torch.no_grad()
-def _apply(unit: nn.Module, x: Tensor, kwargs: dict[str, Any], batch_size: int) -> Tensor:
-    return torch.cat([unit(batch, **kwargs) for batch in x.split(batch_size)])
-
-
-@torch.no_grad()
 def _observe(
-    layers: Sequence[SimulatedLayer], unit: nn.Module, x: Tensor, kwargs: dict[str, Any]
+    layers: Sequence[SimulatedLayer], unit: nn.Module, x: Tensor, kwargs: Mapping[str, Any]
 ) -> None:
     for layer in layers:
         layer.observing = True
@@ -173,7 +122,7 @@ def _choose_ranges(
     layers: Sequence[SimulatedLayer],
     unit: nn.Module,
     x: Tensor,
-    kwargs: dict[str, Any],
+    kwargs: Mapping[str, Any],
     feeds: Sequence[tuple[nn.LayerNorm, SimulatedLinear]],
 ) -> None:
     _observe(layers, unit, x, kwargs)
@@ -230,12 +179,10 @@ def _train(
     layers: Sequence[SimulatedLayer],
     trained: Sequence[nn.Parameter],
     x: Tensor,
-    kwargs: dict[str, Any],
+    kwargs: Mapping[str, Any],
     target: Tensor,
     config: ReconstructionConfig,
 ) -> None:
-    if not trained or config.steps == 0:
-        return
     for parameter in trained:
         parameter.requires_grad_(True)
     optimizer = torch.optim.Adam(trained, lr=config.learning_rate)
@@ -281,26 +228,52 @@ def reconstruct(
     """
     records: list[UnitRecord] = []
     model.requires_grad_(False)
+    calls = unit_calls(model, units, images[: config.batch_size])
+    stream, target = (
+        Stream(network, images, calls, batch_size=config.batch_size)
+        for network in (model, reference)
+    )
     for index, name in enumerate(units):
-        unit = model.get_submodule(name)
-        layers = [m for m in unit.modules() if isinstance(m, SimulatedLayer)]
+        layers = [m for m in model.get_submodule(name).modules() if isinstance(m, SimulatedLayer)]
         if layers:
-            batch = config.batch_size
-            x, kwargs = _gather(model, name, images, after=False, batch_size=batch)
-            target, _ = _gather(reference, name, images, after=True, batch_size=batch)
             feeds = feeds_within(model, name, norms, kind=SimulatedLinear)
-            _choose_ranges(layers, unit, x[:RANGE_IMAGES], kwargs, feeds)
-            before = _relative_error(_apply(unit, x, kwargs, batch), target)
-            trained = [p for m in layers if isinstance(m, SimulatedLinear) for p in m.parameters()]
-            untrained = [parameter.detach().clone() for parameter in trained]
-            _train(unit, layers, trained, x, kwargs, target, config)
-            after = _relative_error(_apply(unit, x, kwargs, batch), target)
-            if not after <= before:
-                with torch.no_grad():
-                    for parameter, value in zip(trained, untrained, strict=True):
-                        parameter.copy_(value)
-                after = before
-            records.append(UnitRecord(name, before, after))
+            records.append(_reconstruct_unit(name, layers, feeds, stream, target, config))
+        else:
+            stream.leave(None)
+            target.leave(None)
         if progress is not None:
             progress("reconstruct", index + 1, len(units), name)
     return records
+
+
+def _reconstruct_unit(
+    name: str,
+    layers: Sequence[SimulatedLayer],
+    feeds: Sequence[tuple[nn.LayerNorm, SimulatedLinear]],
+    stream: Stream,
+    target: Stream,
+    config: ReconstructionConfig,
+) -> UnitRecord:
+    """Choose the ranges of one unit, train it, and let all images through."""
+    unit, kwargs = stream.model.get_submodule(name), stream.calls[name].kwargs
+    x = stream.enter(name)
+    wanted = target.apply(name, target.enter(name))
+    _choose_ranges(layers, unit, x[:RANGE_IMAGES], kwargs, feeds)
+    output = stream.apply(name, x)
+    before = after = _relative_error(output, wanted)
+    parameters = [p for m in layers if isinstance(m, SimulatedLinear) for p in m.parameters()]
+    untrained = [parameter.detach().clone() for parameter in parameters]
+    if parameters and config.steps:
+        _train(unit, layers, parameters, x, kwargs, wanted, config)
+        trained = stream.apply(name, x)
+        after = _relative_error(trained, wanted)
+        if after <= before:
+            output = trained
+        else:
+            after = before
+            with torch.no_grad():
+                for parameter, value in zip(parameters, untrained, strict=True):
+                    parameter.copy_(value)
+    stream.leave(output)
+    target.leave(wanted)
+    return UnitRecord(name, before, after)

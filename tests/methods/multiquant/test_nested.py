@@ -8,7 +8,6 @@ import torch
 from qtool.methods.multiquant import sensitivity
 from qtool.methods.multiquant.nested import NestedConfig, calibrate, freeze, simulate
 from qtool.methods.multiquant.sensitivity import sensitivities
-from qtool.methods.multiquant.streams import Stream, unit_calls
 from qtool.models import vision
 from qtool.quant.bits import BitSpec
 from qtool.quant.plan import plan_layers
@@ -91,27 +90,6 @@ def prepared_float(model):
     model = copy.deepcopy(model)
     prepared(model)
     return model
-
-
-def test_streams_start_over_only_where_a_unit_does_not_follow(tiny_vit, images):
-    layout = vision.layout(tiny_vit)
-    calls = unit_calls(tiny_vit, layout.units, images[:1])
-    assert [call.chained for call in calls.values()] == [False, False, True, False]
-    stream = Stream(tiny_vit, images, calls, batch_size=3)
-    caught = {}
-    for name in layout.units:
-        hook = tiny_vit.get_submodule(name).register_forward_pre_hook(
-            lambda _, args, name=name: caught.__setitem__(name, args[0])
-        )
-        with torch.no_grad():
-            tiny_vit(images)
-        hook.remove()
-    for name in layout.units:
-        x = stream.enter(name)
-        torch.testing.assert_close(x, caught[name])
-        stream.leave(stream.apply(name, x))
-    stream.leave(None)
-    torch.testing.assert_close(stream.enter("blocks.1"), caught["blocks.1"])
 
 
 def test_sensitivities_fall_with_the_width(tiny_vit, images):

@@ -7,7 +7,7 @@ and passed on; elsewhere the model is run from the start and stopped at the unit
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,17 +58,19 @@ def unit_calls(model: nn.Module, units: Sequence[str], images: Tensor) -> dict[s
         images: (B, 3, H, W).
     """
     calls: dict[str, UnitCall] = {}
-    last: list[Any] = [None]
+    last: list[tuple[Any, int]] = [(None, 0)]
     handles = []
     for name in units:
 
         def before(
             _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name
         ) -> None:
-            calls[name] = UnitCall(args[0] is last[0], dict(kwargs))
+            output, version = last[0]
+            untouched = args[0] is output and args[0]._version == version
+            calls.setdefault(name, UnitCall(untouched, dict(kwargs)))
 
         def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:  # noqa: ANN401
-            last[0] = output
+            last[0] = (output, output._version if isinstance(output, Tensor) else 0)
 
         unit = model.get_submodule(name)
         handles.append(unit.register_forward_pre_hook(before, with_kwargs=True))
@@ -78,6 +80,8 @@ def unit_calls(model: nn.Module, units: Sequence[str], images: Tensor) -> dict[s
     finally:
         for handle in handles:
             handle.remove()
+    if absent := [name for name in units if name not in calls]:
+        raise AssertionError(f"{absent[0]} takes no part in the model's forward pass")
     return calls
 
 
@@ -120,11 +124,8 @@ class Stream:
         caught: list[Tensor] = []
         with _stopping_at(self.model.get_submodule(name), caught), self.running():
             for batch in self.images.split(self.batch_size):
-                try:
+                with suppress(_Reached):
                     self.model(batch)
-                except _Reached:
-                    continue
-                raise AssertionError(f"{name} takes no part in the model's forward pass")
         return torch.cat(caught)
 
     @torch.no_grad()
