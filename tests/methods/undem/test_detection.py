@@ -5,6 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from qtool.methods.undem import detection
@@ -65,3 +67,35 @@ def test_real_photographs_are_told_from_their_targets(shared_data):
 
     assert share("*_moire.jpg") > 0.7
     assert share("*_gt.jpg") < 0.2
+
+
+def test_sharp_photographs_of_fences_and_roofs_are_clean(shared_data):
+    found = 0
+    for number in ("01", "07", "08", "19"):
+        path = shared_data / "clean" / "kodak24" / f"kodim{number}.webp"
+        pixels = torch.from_numpy(np.array(Image.open(path).convert("RGB")))
+        found += detection.score(pixels.permute(2, 0, 1) / 255) >= detection.THRESHOLD
+    assert found <= 1
+
+
+def test_colour_that_follows_luma_is_taken_out():
+    generator = torch.Generator().manual_seed(0)
+    light = detection._spectra(torch.rand(128, 192, generator=generator) * 255)
+    left = detection._without_luma(0.3 * light, light)
+    inside = detection._band((0.02, 0.71))
+    assert left[..., inside].abs().max() < 1e-3 * light[..., inside].abs().max()
+
+
+@given(
+    height=st.integers(64, 150),
+    width=st.integers(64, 150),
+    seed=st.integers(0, 99),
+    spread=st.floats(0, 1),
+)
+@settings(max_examples=15)
+def test_any_picture_gets_the_same_finite_score_twice(height, width, seed, spread):
+    generator = torch.Generator().manual_seed(seed)
+    picture = 0.5 + spread * (torch.rand(3, height, width, generator=generator) - 0.5)
+    assert all(math.isfinite(number) for number in detection.features(picture))
+    assert 0 <= detection.score(picture) <= 1
+    assert detection.score(picture) == detection.score(picture)
