@@ -103,7 +103,8 @@ def _spectra(plane: Tensor) -> Tensor:
     blocks = plane.unfold(0, _BLOCK, _BLOCK).unfold(1, _BLOCK, _BLOCK)
     blocks = blocks - blocks.mean(dim=(2, 3), keepdim=True)
     window = torch.hann_window(_BLOCK, periodic=False)
-    return torch.fft.rfft2(blocks * window * window[:, None])
+    spectra: Tensor = torch.fft.rfft2(blocks * window * window[:, None])
+    return spectra
 
 
 def _power(spectra: list[Tensor]) -> Tensor:
@@ -114,7 +115,8 @@ def _band(band: tuple[float, float]) -> Tensor:
     """Which frequencies of a spectrum lie in a band of cycles per pixel: (64, 33)."""
     rows = torch.fft.fftfreq(_BLOCK)[:, None]
     radius = (rows.square() + torch.fft.rfftfreq(_BLOCK).square()).sqrt()
-    return (radius >= band[0]) & (radius < band[1])
+    inside: Tensor = (radius >= band[0]) & (radius < band[1])
+    return inside
 
 
 def _without_luma(colour: Tensor, light: Tensor) -> Tensor:
