@@ -51,7 +51,7 @@ def _checked_onnx(value: Path | None) -> Path | None:
 def _checked_out(value: Path | str | None) -> Path | str | None:
     if value == "":
         raise UsageError("the name of the output is empty", remedy="name a file or a folder")
-    return value
+    return value if value is None or str(value).endswith("/") else Path(value)
 
 
 def hub_folder(out: Path | str | None) -> Path | None:

@@ -102,9 +102,10 @@ def test_a_folder_holds_the_bytes_of_the_file(make, bits):
     assert result.summary["verify"]["max_abs_difference"] == 0.0
 
 
-def test_a_folder_of_branches_holds_the_bytes_of_the_file(train_branches, branch_file):
-    train_branches(out="hub/")
-    config = assert_hub_folder(HUB, branch_file)
+def test_a_folder_of_branches_holds_the_bytes_of_the_file(train_branches):
+    for out in (FILE, "hub/"):
+        train_branches(out=out)
+    config = assert_hub_folder(HUB, FILE)
     assert (config["architecture"], config["num_classes"]) == ("resnet8", 3)
     assert "held-out pictures" in (HUB / "README.md").read_text()
 
