@@ -199,7 +199,8 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
     layout = vision.layout(opened.model)
     precision.uniform_plans(settings, opened)  # refuses wrong rules before any work
     made = calibration.gather(settings, opened, batch_size=_BATCH, progress=progress)
-    pixels = made.pixels.to(device)
+    trained = made.everything.to(device)
+    pixels = trained[: len(made.pixels)]
     synthesized = time.monotonic()
 
     chosen = precision.choose(settings, opened, pixels, progress=progress)
@@ -211,7 +212,7 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
     units = reconstruct(
         model,
         opened.model,
-        made.everything.to(device),
+        trained,
         layout.units,
         config=ReconstructionConfig(
             steps=_steps(settings),
@@ -236,7 +237,7 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
         "recipe": settings.recipe,
         "calibration": calibration.source(settings),
         "count": len(pixels),
-        "patches": len(made.everything) - len(pixels),
+        "patches": len(trained) - len(pixels),
         "output": str(settings.output),
         "float_bytes": float_bytes,
         "quantized_weights": float_weights,
