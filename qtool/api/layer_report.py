@@ -17,7 +17,7 @@ from qtool.quant.plan import LayerPlan
 from qtool.report import Chart, Table
 
 _IMAGES = 8
-_PRODUCTS = {"attention": "matmul", "linear": "linear", "conv": "conv2d"}
+_PRODUCTS = {"attention": ("attention", "matmul"), "linear": ("linear",), "conv": ("conv2d",)}
 
 
 def shown(error: float | None) -> str:

@@ -15,6 +15,7 @@ from qtool.io import checkpoint
 from qtool.models import demoire, demoire_weights, sources, vision
 from qtool.quant.attention import ATTENTION_CLASSES
 from qtool.quant.convolution import without_norm
+from qtool.quant.fusion import fuse
 from qtool.quant.layers import Geometry, IntegerProducts, QuantConv2d, QuantLinear
 from qtool.quant.plan import replace_module
 from qtool.quant.widths import Request
@@ -49,7 +50,7 @@ def load(
     header, tensors = checkpoint.read(sources.checkpoint_file(path, offline=offline))
     if header.engine == "fixed" and bits is not None:
         _require_width(header, bits, path)
-    model = restore(header, tensors, origin=str(path))
+    model = restore(header, tensors, origin=str(path), fused=True)
     if header.engine != "fixed":
         choose_bits(model, header, bits, path=str(path))
     model.qtool_config = header  # type: ignore[assignment]
@@ -70,8 +71,16 @@ def _require_width(header: checkpoint.Header, bits: Request, path: str | Path) -
         )
 
 
-def restore(header: checkpoint.Header, tensors: dict[str, Tensor], *, origin: str) -> nn.Module:
+def restore(
+    header: checkpoint.Header, tensors: dict[str, Tensor], *, origin: str, fused: bool = False
+) -> nn.Module:
     """Build the architecture of a header around its tensors.
+
+    Args:
+        header: What the file says of the model.
+        tensors: What it holds.
+        origin: Name of the file, for errors.
+        fused: Let layers hand codes to one another (`qtool.quant.fusion`).
 
     Raises:
         CheckpointError: Header and tensors do not describe one model.
@@ -84,14 +93,16 @@ def restore(header: checkpoint.Header, tensors: dict[str, Tensor], *, origin: st
         if header.engine == "nested":
             tensors = install(model, header, tensors)
         else:
-            sites = () if header.task == "restoration" else vision.layout(model).attentions
-            kinds = {site.name: site.kind for site in sites}
+            layout = None if header.task == "restoration" else vision.layout(model)
+            kinds = {site.name: site.kind for site in layout.attentions} if layout else {}
             for name, layer in header.layers.items():
                 replace_module(model, name, _module(model, name, layer, tensors, kinds))
                 if norm := str(layer.options.get("norm") or ""):
                     replace_module(model, norm, without_norm(model.get_submodule(norm)))
         model.load_state_dict(tensors, strict=True, assign=True)
         _fill_derived_buffers(model, header)
+        if fused and header.engine == "fixed" and layout is not None:
+            fuse(model, norms=layout.norms, gelus=layout.gelus)
     except (UsageError, RuntimeError, AttributeError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
         raise CheckpointError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -153,7 +154,7 @@ def plan(settings: QuantizeSettings) -> Result:
                 count=settings.count,
                 steps=summary["synthesis_steps"],
             )
-        summary["estimated_seconds"] = round(seconds)
+        summary["estimated_seconds"] = math.ceil(seconds)
     return Result("quantize", status="planned", summary=summary)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def plan(settings: QuantizeSettings, architecture: str) -> dict[str, Any]:
         if "one-set" in settings.ablate:
             passes = len(widths)
         seconds = estimate.training(pictures=settings.epochs * len(split.train), passes=passes)
-        summary["estimated_seconds"] = round(seconds)
+        summary["estimated_seconds"] = math.ceil(seconds)
     return summary
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -270,7 +271,7 @@ def plan_images(settings: SynthesizeSettings) -> Result:
             count=settings.count,
             steps=steps,
         )
-        summary["estimated_seconds"] = round(seconds)
+        summary["estimated_seconds"] = math.ceil(seconds)
     return Result("synthesize images", status="planned", summary=summary)
 
 

@@ -18,6 +18,17 @@ from qtool.engine.packing import MAX_BITS, MIN_BITS, packed_width
 from qtool.errors import UsageError
 
 MAX_TERMS = 16384  # so many products of 8-bit codes fit int32 at every step, zero points included
+MAX_HEAD_WIDTH = 128  # one program of the GPU's attention holds so much of an output row
+
+NAMES_OF_QUANTIZERS = {
+    "": ("scale", "zero_point", "table", "bits"),
+    "p": ("p_scale", "p_zero", "p_table", "p_bits"),
+    "out": ("out_scale", "out_zero", "out_table", "out_bits"),
+}
+"""How operations call the parameters of a quantizer of a result."""
+
+ACTIVATIONS = ("none", "gelu")
+"""What `linear_quantize` can apply before it quantizes."""
 
 TABLE_LENGTH = 256
 """Entries of a table of levels, one for every 8-bit code."""
@@ -30,11 +41,13 @@ class Result(NamedTuple):
         shape: Its shape.
         dtype: Its type.
         limit: Why the fast versions cannot run these shapes, "" if they can.
+        layout: Its memory format.
     """
 
     shape: Sequence[int]
     dtype: torch.dtype
     limit: str = ""
+    layout: torch.memory_format = torch.contiguous_format
 
 
 def register() -> None:
@@ -47,8 +60,9 @@ def register() -> None:
 
 def _implementation(op: str, contract: Callable[..., Result]) -> Callable[..., Tensor]:
     def run(*arguments: object) -> Tensor:
-        limit = contract(*arguments).limit
-        return dispatch.choose(op, _device(arguments), limit=limit)(*arguments)
+        expected = contract(*arguments)
+        function = dispatch.choose(op, _device(arguments), limit=expected.limit)
+        return function(*arguments).contiguous(memory_format=expected.layout)
 
     return run
 
@@ -56,7 +70,12 @@ def _implementation(op: str, contract: Callable[..., Result]) -> Callable[..., T
 def _fake(contract: Callable[..., Result]) -> Callable[..., Tensor]:
     def allocate(*arguments: object) -> Tensor:
         result = contract(*arguments)
-        return torch.empty(result.shape, dtype=result.dtype, device=_device(arguments))
+        return torch.empty(
+            result.shape,
+            dtype=result.dtype,
+            device=_device(arguments),
+            memory_format=result.layout,
+        )
 
     return allocate
 
@@ -75,7 +94,7 @@ def _quantize_uniform(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -
     _check_activation("scale", scale, torch.float32, x)
     _check_activation("zero_point", zero_point, torch.int32, x)
     _check_bits("bits", bits)
-    return Result(x.shape, torch.uint8)
+    return Result(x.shape, torch.uint8, layout=_layout(x))
 
 
 def _quantize_table(x: Tensor, scale: Tensor, zero_point: Tensor, table: Tensor) -> Result:
@@ -107,10 +126,6 @@ def _unpack_codes(packed: Tensor, bits: int, in_features: int) -> Result:
     return Result((packed.shape[0], in_features), torch.uint8)
 
 
-def _prepare_weight(packed: Tensor, bits: int, in_features: int) -> Result:
-    return _unpack_codes(packed, bits, in_features)._replace(dtype=torch.int8)
-
-
 def _linear(
     x: Tensor,
     x_scale: Tensor,
@@ -132,6 +147,97 @@ def _linear(
         x, weight, weight_scale, weight_zero, bias, weight_bits=weight_bits, in_features=in_features
     )
     return Result((*x.shape[:-1], channels), torch.float32, _limit(in_features))
+
+
+def _layer_norm_quantize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: Tensor,
+    zero_point: Tensor,
+    table: Tensor | None,
+    bits: int,
+) -> Result:
+    _check_tensor("x", x, torch.float32, x)
+    _check_dimensions("x", x, 1)
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None:
+            _check_channels(name, parameter, torch.float32, x.shape[-1], x)
+    _check_output(x, scale, zero_point, table, bits, name="")
+    return Result(x.shape, torch.uint8)
+
+
+def _linear_quantize(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero: Tensor,
+    bias: Tensor | None,
+    weight_bits: int,
+    in_features: int,
+    activation: str,
+    out_scale: Tensor,
+    out_zero: Tensor,
+    out_table: Tensor | None,
+    out_bits: int,
+) -> Result:
+    parameters = (weight, weight_scale, weight_zero, bias, weight_bits, in_features)
+    plain = _linear(x, x_scale, x_zero, *parameters)
+    if activation not in ACTIVATIONS:
+        raise UsageError(f"activation is '{activation}', not one of {', '.join(ACTIVATIONS)}")
+    groups, channels = out_scale.numel(), plain.shape[-1]
+    if groups == 0 or channels % groups:
+        raise UsageError(f"{groups} output quantizers do not divide {channels} channels alike")
+    if groups > 1 and activation != "none":
+        raise UsageError(f"there is one output quantizer after {activation}, not {groups}")
+    _check_output(x, out_scale, out_zero, out_table, out_bits, groups=groups)
+    shape = (groups, *plain.shape[:-1], channels // groups) if groups > 1 else plain.shape
+    return plain._replace(shape=shape, dtype=torch.uint8)
+
+
+def _attention(
+    qkv: Tensor,
+    qkv_scale: Tensor,
+    qkv_zero: Tensor,
+    added: Tensor | None,
+    p_scale: Tensor,
+    p_zero: Tensor | None,
+    p_table: Tensor | None,
+    p_bits: int,
+    out_scale: Tensor,
+    out_zero: Tensor,
+    out_table: Tensor | None,
+    out_bits: int,
+) -> Result:
+    _check_tensor("qkv", qkv, torch.uint8, qkv)
+    if qkv.dim() != 5 or qkv.shape[0] != 3:
+        raise UsageError(f"qkv has shape {_words(qkv)}, not (3, B, N, heads, D)")
+    _, batch, tokens, heads, width = qkv.shape
+    _check_channels("qkv_scale", qkv_scale, torch.float32, 3, qkv)
+    _check_channels("qkv_zero", qkv_zero, torch.int32, 3, qkv)
+    if added is not None:
+        _check_tensor("added", added, torch.float32, qkv)
+        maps = added.shape[0] if added.dim() else 0
+        if added.shape[1:] != (heads, tokens, tokens) or maps < 1 or batch % maps:
+            raise UsageError(
+                f"added has shape {_words(added)}, not (windows, {heads}, {tokens}, {tokens})"
+                f" with windows that divide {batch}"
+            )
+    if p_zero is None:
+        _check_one("p_scale", p_scale, torch.float32, qkv)
+        _check_bits("p_bits", p_bits)
+        if p_table is not None:
+            raise UsageError("p_table needs p_zero: powers of two have neither")
+    else:
+        _check_output(qkv, p_scale, p_zero, p_table, p_bits, name="p")
+    _check_output(qkv, out_scale, out_zero, out_table, out_bits)
+    limit = _limit(tokens)
+    if width > MAX_HEAD_WIDTH:
+        limit = f"heads are at most {MAX_HEAD_WIDTH} wide"
+    return Result((batch, tokens, heads * width), torch.uint8, limit)
 
 
 def _conv2d(
@@ -174,7 +280,8 @@ def _conv2d(
         raise UsageError(
             f"x has shape {_words(x)}, smaller than a kernel of {tuple(kernel)} can cover"
         )
-    return Result((x.shape[0], channels, height, width), torch.float32, _limit(terms))
+    shape = (x.shape[0], channels, height, width)
+    return Result(shape, torch.float32, _limit(terms), _layout(x))
 
 
 def _linear_nested(
@@ -236,11 +343,27 @@ _OPERATIONS: dict[str, tuple[str, Callable[..., Result]]] = {
     "quantize_log2": ("(Tensor x, Tensor scale, int bits) -> Tensor", _quantize_log2),
     "pack_codes": ("(Tensor codes, int bits) -> Tensor", _pack_codes),
     "unpack_codes": ("(Tensor packed, int bits, int in_features) -> Tensor", _unpack_codes),
-    "prepare_weight": ("(Tensor packed, int bits, int in_features) -> Tensor", _prepare_weight),
     "linear": (
         "(Tensor x, Tensor x_scale, Tensor x_zero, Tensor weight, Tensor weight_scale,"
         " Tensor weight_zero, Tensor? bias, int weight_bits, int in_features) -> Tensor",
         _linear,
+    ),
+    "layer_norm_quantize": (
+        "(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor scale, Tensor zero_point,"
+        " Tensor? table, int bits) -> Tensor",
+        _layer_norm_quantize,
+    ),
+    "linear_quantize": (
+        "(Tensor x, Tensor x_scale, Tensor x_zero, Tensor weight, Tensor weight_scale,"
+        " Tensor weight_zero, Tensor? bias, int weight_bits, int in_features, str activation,"
+        " Tensor out_scale, Tensor out_zero, Tensor? out_table, int out_bits) -> Tensor",
+        _linear_quantize,
+    ),
+    "attention": (
+        "(Tensor qkv, Tensor qkv_scale, Tensor qkv_zero, Tensor? added, Tensor p_scale,"
+        " Tensor? p_zero, Tensor? p_table, int p_bits, Tensor out_scale, Tensor out_zero,"
+        " Tensor? out_table, int out_bits) -> Tensor",
+        _attention,
     ),
     "conv2d": (
         "(Tensor x, Tensor x_scale, Tensor x_zero, Tensor weight, Tensor weight_scale,"
@@ -264,6 +387,12 @@ _OPERATIONS: dict[str, tuple[str, Callable[..., Result]]] = {
     ),
 }
 OPERATIONS = tuple(_OPERATIONS)
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    """Channels last if that is how `x` lies in memory and not the plain way as well."""
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last and not x.is_contiguous() else torch.contiguous_format
 
 
 def _limit(terms: int) -> str:
@@ -329,21 +458,42 @@ def _check_weight(
     weight_bits: int,
     in_features: int,
 ) -> int:
-    """Checks packed or prepared weights with their parameters; returns the output channels."""
+    """Checks packed weights with their parameters; returns the output channels."""
     _check_bits("weight_bits", weight_bits)
-    if weight.dtype == torch.int8:
-        _check_tensor("weight", weight, torch.int8, x)
-        if weight.dim() != 2 or weight.shape[1] != in_features:
-            raise UsageError(f"the int8 weight has shape {_words(weight)}, not (N, {in_features})")
-    else:
-        _check_tensor("weight", weight, torch.uint8, x)
-        _check_packed("weight", weight, weight_bits, in_features)
+    _check_tensor("weight", weight, torch.uint8, x)
+    _check_packed("weight", weight, weight_bits, in_features)
     channels = weight.shape[0]
     _check_channels("weight_scale", weight_scale, torch.float32, channels, x)
     _check_channels("weight_zero", weight_zero, torch.int32, channels, x)
     if bias is not None:
         _check_channels("bias", bias, torch.float32, channels, x)
     return channels
+
+
+def _check_output(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    table: Tensor | None,
+    bits: int,
+    *,
+    groups: int = 1,
+    name: str = "out",
+) -> None:
+    """Checks per-tensor quantizers of a result, one for each group of its channels."""
+    names = NAMES_OF_QUANTIZERS[name]
+    if groups == 1:
+        _check_one(names[0], scale, torch.float32, x)
+        _check_one(names[1], zero_point, torch.int32, x)
+    else:
+        _check_channels(names[0], scale, torch.float32, groups, x)
+        _check_channels(names[1], zero_point, torch.int32, groups, x)
+    _check_bits(names[3], bits)
+    if table is not None:
+        _check_tensor(names[2], table, torch.uint8, x)
+        wanted = (TABLE_LENGTH,) if groups == 1 else (groups, TABLE_LENGTH)
+        if tuple(table.shape) != wanted:
+            raise UsageError(f"{names[2]} has shape {_words(table)}, not {wanted}")
 
 
 def _check_packed(name: str, packed: Tensor, bits: int, in_features: int) -> None:

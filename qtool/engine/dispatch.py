@@ -24,12 +24,27 @@ from qtool.errors import BackendError, UsageError
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
 ENVIRONMENT_VARIABLE = "QTOOL_BACKEND"
-INTEGER_PRODUCTS = frozenset({"linear", "linear_nested", "matmul"})
+INTEGER_PRODUCTS = frozenset({"linear", "linear_nested", "linear_quantize", "matmul"})
 MIN_CAPABILITY = (8, 0)
 
 # Triton takes these words for yes, and reads them when a kernel is defined.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in {"1", "y", "yes", "on", "true"}
-_KERNEL_FILES = {"prepare_weight": "unpack_codes", "quantize_table": "quantize_uniform"}
+_KERNEL_FILES = {
+    "layer_norm_quantize": "layer_norm",
+    "linear_quantize": "linear",
+    "quantize_table": "quantize_uniform",
+}
+_CPU_FILES = {
+    "attention": "attention",
+    "conv2d": "conv2d",
+    "linear": "linear",
+    "linear_nested": "linear",
+    "linear_quantize": "linear",
+    "matmul": "attention",
+    "matmul_log2": "attention",
+    "pack_codes": "packing",
+    "unpack_codes": "packing",
+}
 
 
 class Decision(NamedTuple):
@@ -39,6 +54,8 @@ class Decision(NamedTuple):
     backend: str
     reason: str
 
+
+WHOLE_BLOCK = Decision("transformer_block", "cpu", "int8 units and compiled passes")
 
 _default: str | None = None
 _override: ContextVar[str | None] = ContextVar("qtool_backend", default=None)
@@ -125,11 +142,31 @@ def choose(op: str, device: torch.device, *, limit: str = "") -> Callable[..., T
         )
     else:
         reason = "asked for"
-    decision = Decision(op, backend, reason)
+    _record(Decision(op, backend, reason))
+    return _load(op, backend)
+
+
+def runs_whole_blocks(device: torch.device) -> bool:
+    """Whether a transformer block runs as one program of the CPU backend, and records it if so."""
+    if device.type != "cpu" or current() not in ("auto", "cpu") or torch.compiler.is_compiling():
+        return False
+    if _cpu_runs_whole_blocks():
+        _record(WHOLE_BLOCK)
+        return True
+    return False
+
+
+@functools.cache
+def _cpu_runs_whole_blocks() -> bool:
+    exact = importlib.import_module("qtool.engine.cpu.exact")
+    native = importlib.import_module("qtool.engine.cpu.native")
+    return bool(exact.has_int8_units() and exact.int8_product_is_exact() and native.library())
+
+
+def _record(decision: Decision) -> None:
     _decisions.setdefault(decision)
     for decisions in _traces.get():
         decisions.append(decision)
-    return _load(op, backend)
 
 
 def _automatic(op: str, device: torch.device, limit: str) -> tuple[str, str]:
@@ -191,7 +228,7 @@ def _triton_absence() -> str:
 
 
 def _cpu_product_is_exact() -> bool:
-    return bool(importlib.import_module("qtool.engine.cpu").int8_product_is_exact())
+    return bool(importlib.import_module("qtool.engine.cpu.exact").int8_product_is_exact())
 
 
 @functools.cache
@@ -202,6 +239,9 @@ def _capability(index: int) -> tuple[int, int]:
 @functools.cache
 def _load(op: str, backend: str) -> Callable[..., Tensor]:
     """The function of a backend; a Triton file is imported only here, once it has been chosen."""
-    module = f"kernels.{_KERNEL_FILES.get(op, op)}" if backend == "triton" else backend
+    module = {
+        "triton": f"kernels.{_KERNEL_FILES.get(op, op)}",
+        "cpu": f"cpu.{_CPU_FILES.get(op, 'codes')}",
+    }.get(backend, backend)
     function: Callable[..., Tensor] = getattr(importlib.import_module(f"qtool.engine.{module}"), op)
     return function

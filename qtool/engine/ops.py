@@ -16,14 +16,16 @@ from qtool.engine import contracts
 from qtool.engine.packing import packed_width
 
 __all__ = [
+    "attention",
     "conv2d",
+    "layer_norm_quantize",
     "linear",
     "linear_nested",
+    "linear_quantize",
     "matmul",
     "matmul_log2",
     "pack_codes",
     "packed_width",
-    "prepare_weight",
     "quantize_log2",
     "quantize_table",
     "quantize_uniform",
@@ -46,7 +48,7 @@ def quantize_uniform(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) ->
         bits: Width of a code, 2 to 8.
 
     Returns:
-        uint8 codes `(..., D)`.
+        uint8 codes `(..., D)`; pictures stay channels last in memory.
 
     Raises:
         UsageError: An argument has the wrong type, shape or device.
@@ -140,25 +142,6 @@ def unpack_codes(packed: Tensor, bits: int, in_features: int) -> Tensor:
     return result
 
 
-def prepare_weight(packed: Tensor, bits: int, in_features: int) -> Tensor:
-    """Unpacks weights to the form that suits `linear` best: int8, codes less 2^(bits - 1).
-
-    Args:
-        packed: uint8 `(N, packed_width(bits, in_features))`.
-        bits: Width of a code, 2 to 8.
-        in_features: Codes in a row, K.
-
-    Returns:
-        int8 `(N, K)`.
-
-    Raises:
-        UsageError: An argument has the wrong type or shape.
-        BackendError: The backend asked for cannot run this.
-    """
-    result: Tensor = torch.ops.qtool.prepare_weight(packed, bits, in_features)
-    return result
-
-
 def linear(
     x: Tensor,
     x_scale: Tensor,
@@ -181,10 +164,9 @@ def linear(
         x: uint8 codes `(..., K)`.
         x_scale: float32, per tensor or per token `(..., 1)`.
         x_zero: int32, per tensor or per token `(..., 1)`.
-        weight: Packed uint8 rows `(N, packed_width(weight_bits, K))`, or int8 `(N, K)` from
-            `prepare_weight`.
+        weight: Packed uint8 rows `(N, packed_width(weight_bits, K))`.
         weight_scale: float32 `(N,)`.
-        weight_zero: int32 `(N,)`; refers to the unsigned codes q in both forms of the weight.
+        weight_zero: int32 `(N,)`.
         bias: float32 `(N,)`, or None.
         weight_bits: Width of a weight code, 2 to 8.
         in_features: K.
@@ -198,6 +180,173 @@ def linear(
     """
     result: Tensor = torch.ops.qtool.linear(
         x, x_scale, x_zero, weight, weight_scale, weight_zero, bias, weight_bits, in_features
+    )
+    return result
+
+
+def layer_norm_quantize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    eps: float,
+    scale: Tensor,
+    zero_point: Tensor,
+    table: Tensor | None = None,
+    bits: int,
+) -> Tensor:
+    """Normalises the last dimension and quantizes: the input codes of a linear layer.
+
+    Backends may round the normalised value in another way, so a code may differ by one where that
+    lies next to the middle between two.
+
+    Args:
+        x: float32 `(..., D)`.
+        weight: float32 `(D,)`, or None for ones.
+        bias: float32 `(D,)`, or None for zeros.
+        eps: Added to the variance.
+        scale: float32, one element.
+        zero_point: int32, one element.
+        table: uint8 `(256,)` for the levels of `quantize_table`, or None for uniform codes.
+        bits: Width of a uniform code, 2 to 8; unused with a table.
+
+    Returns:
+        uint8 `(..., D)`.
+
+    Raises:
+        UsageError: An argument has the wrong type, shape or device.
+        BackendError: The backend asked for cannot run this.
+    """
+    result: Tensor = torch.ops.qtool.layer_norm_quantize(
+        x, weight, bias, eps, scale, zero_point, table, bits
+    )
+    return result
+
+
+def linear_quantize(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero: Tensor,
+    bias: Tensor | None = None,
+    *,
+    weight_bits: int,
+    in_features: int,
+    activation: str = "none",
+    out_scale: Tensor,
+    out_zero: Tensor,
+    out_table: Tensor | None = None,
+    out_bits: int,
+) -> Tensor:
+    """`linear`, an activation and the quantizer of what comes next in one: codes to codes.
+
+    Sums are exact as in `linear`; backends may round the activation in another way, so a code may
+    differ by one where its value lies next to the middle between two.
+
+    Args:
+        x: uint8 codes `(..., K)`.
+        x_scale: As in `linear`.
+        x_zero: As in `linear`.
+        weight: As in `linear`.
+        weight_scale: As in `linear`.
+        weight_zero: As in `linear`.
+        bias: As in `linear`.
+        weight_bits: Width of a weight code, 2 to 8.
+        in_features: K.
+        activation: "none", or "gelu" for x times the normal distribution function of x.
+        out_scale: float32 `(G,)`: one quantizer for each of G equal groups of channels, a single
+            one after an activation.
+        out_zero: int32 `(G,)`.
+        out_table: uint8 `(G, 256)`, `(256,)` for one group, or None for uniform codes.
+        out_bits: Width of a uniform output code, 2 to 8; unused with tables.
+
+    Returns:
+        uint8 `(..., N)` for one group, `(G, ..., N / G)` for more.
+
+    Raises:
+        UsageError: An argument has the wrong type, shape, value or device.
+        BackendError: The backend asked for cannot run this.
+    """
+    if out_table is not None and out_table.shape[:-1] == (1,):
+        out_table = out_table[0]
+    result: Tensor = torch.ops.qtool.linear_quantize(
+        x,
+        x_scale,
+        x_zero,
+        weight,
+        weight_scale,
+        weight_zero,
+        bias,
+        weight_bits,
+        in_features,
+        activation,
+        out_scale,
+        out_zero,
+        out_table,
+        out_bits,
+    )
+    return result
+
+
+def attention(
+    qkv: Tensor,
+    qkv_scale: Tensor,
+    qkv_zero: Tensor,
+    *,
+    added: Tensor | None = None,
+    p_scale: Tensor,
+    p_zero: Tensor | None = None,
+    p_table: Tensor | None = None,
+    p_bits: int,
+    out_scale: Tensor,
+    out_zero: Tensor,
+    out_table: Tensor | None = None,
+    out_bits: int,
+) -> Tensor:
+    """Attention of quantized queries, keys and values, from codes to codes.
+
+    `softmax(matmul(q, k^T) + added)` is quantized, multiplied by the values with `matmul` or
+    `matmul_log2`, and the result quantized for the layer after it. Sums of codes are exact;
+    backends may round softmax in another way, so a probability next to the middle between two codes
+    may get either. The scale of the queries holds the usual `1 / sqrt(D)`.
+
+    Args:
+        qkv: uint8 codes of queries, keys and values `(3, B, N, heads, D)`.
+        qkv_scale: float32 `(3,)`.
+        qkv_zero: int32 `(3,)`.
+        added: float32 `(windows, heads, N, N)`, added to the scores of every `windows` elements of
+            the batch in turn, or None.
+        p_scale: float32, one element.
+        p_zero: int32, one element; None quantizes probabilities to powers of two.
+        p_table: uint8 `(256,)` or None.
+        p_bits: Width of a code of a probability, 2 to 8; unused with a table.
+        out_scale: float32, one element.
+        out_zero: int32, one element.
+        out_table: uint8 `(256,)` or None.
+        out_bits: Width of a uniform output code, 2 to 8; unused with a table.
+
+    Returns:
+        uint8 `(B, N, heads * D)`.
+
+    Raises:
+        UsageError: An argument has the wrong type, shape, value or device.
+        BackendError: The backend asked for cannot run this.
+    """
+    result: Tensor = torch.ops.qtool.attention(
+        qkv,
+        qkv_scale,
+        qkv_zero,
+        added,
+        p_scale,
+        p_zero,
+        p_table,
+        p_bits,
+        out_scale,
+        out_zero,
+        out_table,
+        out_bits,
     )
     return result
 
@@ -228,10 +377,10 @@ def conv2d(
         x: uint8 codes `(B, C, H, W)`.
         x_scale: float32, one element.
         x_zero: int32, one element.
-        weight: Rows of K = C / groups * kernel area codes in the order of torch's weights: packed
-            uint8 `(N, packed_width(weight_bits, K))`, or int8 `(N, K)` from `prepare_weight`.
+        weight: Rows of K = C / groups * kernel area codes in the order of torch's weights, packed
+            uint8 `(N, packed_width(weight_bits, K))`.
         weight_scale: float32 `(N,)`.
-        weight_zero: int32 `(N,)`; refers to the unsigned codes in both forms of the weight.
+        weight_zero: int32 `(N,)`.
         bias: float32 `(N,)`, or None.
         weight_bits: Width of a weight code, 2 to 8.
         kernel: Size of the kernel.
@@ -241,7 +390,7 @@ def conv2d(
         groups: Blocks of channels that do not mix; C of them are a depthwise convolution.
 
     Returns:
-        float32 `(B, N, H', W')`.
+        float32 `(B, N, H', W')`, channels last in memory if `x` is.
 
     Raises:
         UsageError: An argument has the wrong type, shape, value or device.

@@ -37,6 +37,29 @@ def quantize_log2(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     return code.masked_fill(mantissa <= 0, 2**bits - 1).clamp(0, 2**bits - 1).to(torch.uint8)
 
 
+def _quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, table: Tensor | None, bits: int
+) -> Tensor:
+    if table is None:
+        return quantize_uniform(x, scale, zero_point, bits)
+    return quantize_table(x, scale, zero_point, table)
+
+
+def layer_norm_quantize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: Tensor,
+    zero_point: Tensor,
+    table: Tensor | None,
+    bits: int,
+) -> Tensor:
+    """Codes of a normalised `x`; see `qtool.engine.ops.layer_norm_quantize`."""
+    values = torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return _quantize(values, scale, zero_point, table, bits)
+
+
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Packed rows (N, bytes) of codes (N, K); see `qtool.engine.packing` for the format."""
     rows, in_features = codes.shape
@@ -61,12 +84,6 @@ def unpack_codes(packed: Tensor, bits: int, in_features: int) -> Tensor:
     return codes.to(torch.uint8)
 
 
-def prepare_weight(packed: Tensor, bits: int, in_features: int) -> Tensor:
-    """Codes (N, K) less half their range, as int8."""
-    codes = unpack_codes(packed, bits, in_features).int()
-    return codes.sub(2 ** (bits - 1)).to(torch.int8)
-
-
 def linear(
     x: Tensor,
     x_scale: Tensor,
@@ -83,6 +100,38 @@ def linear(
     sums = (x.double() - _broadcast(x_zero)) @ levels.T
     y: Tensor = sums.float() * (_broadcast(x_scale) * weight_scale)
     return y if bias is None else y + bias
+
+
+def linear_quantize(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero: Tensor,
+    bias: Tensor | None,
+    weight_bits: int,
+    in_features: int,
+    activation: str,
+    out_scale: Tensor,
+    out_zero: Tensor,
+    out_table: Tensor | None,
+    out_bits: int,
+) -> Tensor:
+    """Integer linear layer that ends in codes; see `qtool.engine.ops.linear_quantize`."""
+    parameters = (weight, weight_scale, weight_zero, bias, weight_bits, in_features)
+    y = linear(x, x_scale, x_zero, *parameters)
+    if activation == "gelu":
+        y = torch.nn.functional.gelu(y)
+    groups = len(out_scale)
+    tables = [None] * groups if out_table is None else out_table.view(groups, -1)
+    parts = [
+        _quantize(part, scale, zero, table, out_bits)
+        for part, scale, zero, table in zip(
+            y.chunk(groups, dim=-1), out_scale, out_zero, tables, strict=True
+        )
+    ]
+    return parts[0] if len(parts) == 1 else torch.stack(parts)
 
 
 def conv2d(
@@ -153,14 +202,42 @@ def matmul_log2(
     return sums.float() * (_broadcast(p_scale) * _broadcast(v_scale))
 
 
+def attention(
+    qkv: Tensor,
+    qkv_scale: Tensor,
+    qkv_zero: Tensor,
+    added: Tensor | None,
+    p_scale: Tensor,
+    p_zero: Tensor | None,
+    p_table: Tensor | None,
+    p_bits: int,
+    out_scale: Tensor,
+    out_zero: Tensor,
+    out_table: Tensor | None,
+    out_bits: int,
+) -> Tensor:
+    """Attention from codes to codes; see `qtool.engine.ops.attention`."""
+    (q, k, v), (q_scale, k_scale, v_scale) = qkv.transpose(2, 3), qkv_scale
+    q_zero, k_zero, v_zero = qkv_zero
+    scores = matmul(q, q_scale, q_zero, k.transpose(-2, -1), k_scale, k_zero)
+    if added is not None:
+        scores = (scores.unflatten(0, (-1, len(added))) + added).flatten(0, 1)
+    p = scores.softmax(dim=-1)
+    if p_zero is None:
+        codes = quantize_log2(p, p_scale, p_bits)
+        attended = matmul_log2(codes, p_scale, v, v_scale, v_zero, p_bits)
+    else:
+        codes = _quantize(p, p_scale, p_zero, p_table, p_bits)
+        attended = matmul(codes, p_scale, p_zero, v, v_scale, v_zero)
+    found = _quantize(attended, out_scale, out_zero, out_table, out_bits)
+    return found.transpose(1, 2).flatten(2)
+
+
 def _weight_levels(
     weight: Tensor, weight_zero: Tensor, weight_bits: int, in_features: int
 ) -> Tensor:
-    """Weight codes less their zero points, (N, K) in float64, from packed or prepared rows."""
-    if weight.dtype == torch.int8:
-        codes = weight.double() + 2 ** (weight_bits - 1)
-    else:
-        codes = unpack_codes(weight, weight_bits, in_features).double()
+    """Weight codes less their zero points, (N, K) in float64."""
+    codes = unpack_codes(weight, weight_bits, in_features).double()
     levels: Tensor = codes - weight_zero.unsqueeze(1)
     return levels
 

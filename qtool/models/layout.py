@@ -6,6 +6,7 @@ another arithmetic between them, such as relative positions in BEiT or cosines i
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
 
@@ -53,6 +54,8 @@ class Layout:
         grid: Height and width of the patch grid after the patch embedding; (0, 0) without one.
         norms: Pairs of a LayerNorm and the only linear layer that reads its output.
         batch_norms: Pairs of a convolution and the BatchNorm that alone reads its output.
+        gelus: A linear layer, the exact GELU that alone reads its output, and the linear layer that
+            alone reads the result.
     """
 
     attentions: tuple[AttentionSite, ...]
@@ -62,6 +65,7 @@ class Layout:
     grid: tuple[int, int] = (0, 0)
     norms: tuple[tuple[str, str], ...] = ()
     batch_norms: tuple[tuple[str, str], ...] = ()
+    gelus: tuple[tuple[str, str, str], ...] = ()
 
 
 def layout(model: nn.Module) -> Layout:
@@ -84,7 +88,11 @@ def layout(model: nn.Module) -> Layout:
         found = _windows(model)
     elif (parts := convolutional.parts(model)) is not None:
         found = Layout(
-            attentions=(), units=parts.units, norms=parts.norms, batch_norms=parts.batch_norms
+            attentions=(),
+            units=parts.units,
+            norms=parts.norms,
+            batch_norms=parts.batch_norms,
+            gelus=_gelus(model, parts.units),
         )
     if found is None:
         raise UsageError(
@@ -123,6 +131,7 @@ def _tokens(model: nn.Module) -> Layout | None:
         prefix_tokens=int(getattr(model, "num_prefix_tokens", 0)),
         grid=grid,
         norms=_norms(model, units),
+        gelus=_gelus(model, units),
     )
 
 
@@ -149,6 +158,7 @@ def _windows(model: nn.Module) -> Layout | None:
         prefix_tokens=0,
         grid=_grid(model),
         norms=_norms(model, units),
+        gelus=_gelus(model, units),
     )
 
 
@@ -164,6 +174,25 @@ def _norms(model: nn.Module, units: list[str]) -> tuple[tuple[str, str], ...]:
         if isinstance(modules.get(norm), nn.LayerNorm)
         and isinstance(modules.get(linear), nn.Linear)
     )
+
+
+def _gelus(model: nn.Module, units: Iterable[str]) -> tuple[tuple[str, str, str], ...]:
+    """Find the perceptrons of two linear layers with nothing but GELU between them."""
+    modules = dict(model.named_modules())
+    found = []
+    for mlp in (f"{unit}.mlp" for unit in units):
+        parts = [modules.get(f"{mlp}.{part}") for part in ("fc1", "act", "fc2")]
+        first, act, second = parts
+        if (
+            type(modules.get(mlp)).__name__ == "Mlp"
+            and isinstance(modules.get(f"{mlp}.norm"), nn.Identity)
+            and isinstance(first, nn.Linear)
+            and type(act) is nn.GELU
+            and act.approximate == "none"
+            and isinstance(second, nn.Linear)
+        ):
+            found.append((f"{mlp}.fc1", f"{mlp}.act", f"{mlp}.fc2"))
+    return tuple(found)
 
 
 def _grid(model: nn.Module) -> tuple[int, int]:

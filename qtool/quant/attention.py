@@ -6,10 +6,14 @@ and hand the products to a child module: simulated while calibrating, integer af
 
 from __future__ import annotations
 
+from types import NoneType
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
+
+from qtool.engine import ops
+from qtool.quant.layers import CodeQuantizer, Feeds, IntegerProducts, QuantLinear
 
 
 class Products(Protocol):
@@ -22,15 +26,19 @@ class Products(Protocol):
         """(B, H, N, M) and (B, H, M, D) to (B, H, N, D)."""
 
 
+_NORMS = ("q_norm", "k_norm", "norm")
+
+
 class _TakesOver(nn.Module):
     """A module made of the children, parameters and buffers of another."""
 
     qkv: nn.Module
-    q_norm: nn.Module
-    k_norm: nn.Module
-    norm: nn.Module
     proj: nn.Module
     proj_drop: nn.Module
+    operand_scale: Tensor
+    operand_zero_point: Tensor
+    operand_table: Tensor | None
+    projected_scale: Tensor
 
     def __init__(self, source: nn.Module, products: nn.Module) -> None:
         super().__init__()
@@ -45,11 +53,82 @@ class _TakesOver(nn.Module):
         self.num_heads = cast(int, source.num_heads)
         self.scale = cast(float, source.scale)
 
-    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        batch, tokens, _ = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        query, key, value = qkv.unbind(0)
-        return query, key, value
+    def _attended(self, projected: Tensor, added: Tensor | None) -> Tensor:
+        """Attend on what `qkv` returned, (B, N, 3 C), to (B, N, C).
+
+        Args:
+            projected: Queries, keys and values, or their codes (3, B, N, C).
+            added: Added to the scores of every `len(added)` elements of the batch in turn,
+                (windows, heads, N, N), or None.
+        """
+        if projected.dtype == torch.uint8:
+            attended = self._attended_codes(projected.unflatten(3, (self.num_heads, -1)), added)
+        else:
+            operands = projected.unflatten(2, (3, self.num_heads, -1))
+            query, key, value = operands.permute(2, 0, 3, 1, 4).unbind(0)
+            query, key = self._normed("q_norm", query), self._normed("k_norm", key)
+            products = cast(Products, self.products)
+            scores = products.scores(query * self.scale, key)
+            if added is not None:
+                scores = (scores.unflatten(0, (-1, len(added))) + added).flatten(0, 1)
+            values = products.values(scores.softmax(dim=-1), value)
+            attended = self._normed("norm", values.transpose(1, 2).flatten(2))
+        out: Tensor = self.proj_drop(self.proj(attended))
+        return out
+
+    def _normed(self, name: str, x: Tensor) -> Tensor:
+        """Apply one of the norms that some models have here."""
+        norm = getattr(self, name, None)
+        out: Tensor = x if norm is None else norm(x)
+        return out
+
+    def _attended_codes(self, codes: Tensor, added: Tensor | None) -> Tensor:
+        """Codes (3, B, N, heads, D) to the codes (B, N, C) that `proj` takes."""
+        products = cast(IntegerProducts, self.products)
+        reader = cast(QuantLinear, self.proj).input_quantizer()
+        p_scale, p_zero = products.parameters_of("probability")
+        return ops.attention(
+            codes,
+            self.operand_scale,
+            self.operand_zero_point,
+            added=added,
+            p_scale=p_scale,
+            p_zero=None if products.probabilities == "log2" else p_zero,
+            p_table=products.table_of("probability"),
+            p_bits=products.bits,
+            out_scale=reader.scale,
+            out_zero=reader.zero_point,
+            out_table=reader.table,
+            out_bits=reader.bits,
+        )
+
+    def _operand_quantizers(self) -> CodeQuantizer:
+        """How queries, keys and values are quantized as they leave `qkv`."""
+        bits = cast(IntegerProducts, self.products).bits
+        return CodeQuantizer(
+            self.projected_scale, self.operand_zero_point, self.operand_table, bits
+        )
+
+    def take_codes(self) -> bool:
+        """Let `qkv` end in codes, if everything here is quantized; tell whether it does."""
+        plain = all(
+            isinstance(getattr(self, name, None), (nn.Identity, NoneType)) for name in _NORMS
+        )
+        layers = all(type(layer) is QuantLinear for layer in (self.qkv, self.proj))
+        if not (plain and layers and type(self.products) is IntegerProducts):
+            return False
+        operands = self.products.operands()
+        # Queries are quantized after their scaling, which the quantizer of `qkv` takes over.
+        factor = operands.scale.new_tensor([self.scale, 1.0, 1.0])
+        for name, parameter in (
+            ("operand_scale", operands.scale),
+            ("operand_zero_point", operands.zero_point),
+            ("operand_table", operands.table),
+            ("projected_scale", operands.scale / factor),
+        ):
+            self.register_buffer(name, parameter, persistent=False)
+        cast(QuantLinear, self.qkv).feeds = Feeds(self._operand_quantizers)
+        return True
 
 
 class QuantAttention(_TakesOver):
@@ -59,19 +138,18 @@ class QuantAttention(_TakesOver):
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         """Attend over all tokens; `attn_mask` is added to the scores (or hides where False)."""
-        query, key, value = self._heads(x)
-        query, key = self.q_norm(query), self.k_norm(key)
-        products = cast(Products, self.products)
-        scores = products.scores(query * self.scale, key)
+        batch, tokens, _ = x.shape
         if is_causal:
-            attn_mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()
+            attn_mask = x.new_ones((tokens, tokens), dtype=torch.bool).tril()
+        added = None
         if attn_mask is not None:
-            hidden = attn_mask.dtype == torch.bool
-            scores = scores.masked_fill(~attn_mask, -torch.inf) if hidden else scores + attn_mask
-        attended = products.values(scores.softmax(dim=-1), value)
-        attended = self.norm(attended.transpose(1, 2).flatten(2))
-        out: Tensor = self.proj_drop(self.proj(attended))
-        return out
+            added = attn_mask
+            if attn_mask.dtype == torch.bool:
+                added = torch.zeros_like(attn_mask, dtype=torch.float32)
+                added = added.masked_fill_(~attn_mask, -torch.inf)
+            maps = batch if attn_mask.dim() == 4 and len(attn_mask) > 1 else 1
+            added = added.expand(maps, self.num_heads, tokens, tokens)
+        return self._attended(self.qkv(x), added)
 
 
 class QuantWindowAttention(_TakesOver):
@@ -79,20 +157,13 @@ class QuantWindowAttention(_TakesOver):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attend within each window; `mask` (windows, N, N) is added to the scores."""
-        query, key, value = self._heads(x)
-        products = cast(Products, self.products)
-        scores = products.scores(query * self.scale, key)
         tokens = x.shape[1]
         index = cast(Tensor, self.relative_position_index).flatten()
         bias = cast(Tensor, self.relative_position_bias_table)[index]
-        scores = scores + bias.view(tokens, tokens, -1).permute(2, 0, 1).unsqueeze(0)
+        added = bias.view(tokens, tokens, -1).permute(2, 0, 1).unsqueeze(0)
         if mask is not None:
-            windows = mask.shape[0]
-            grouped = scores.unflatten(0, (-1, windows)) + mask.unsqueeze(1).unsqueeze(0)
-            scores = grouped.flatten(0, 1)
-        attended = products.values(scores.softmax(dim=-1), value)
-        out: Tensor = self.proj_drop(self.proj(attended.transpose(1, 2).flatten(2)))
-        return out
+            added = added + mask.unsqueeze(1)
+        return self._attended(self.qkv(x), added)
 
 
 ATTENTION_CLASSES: dict[str, type[QuantAttention] | type[QuantWindowAttention]] = {

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from qtool.engine import ops
+from qtool.engine.resident import derived
 from qtool.quant.branch_grid import UnitPlan, engine_weight
 
 
@@ -69,19 +73,31 @@ class IntegerUnit(nn.Module):
         """Quantize to `width` bits, convolve integers, apply scales and bias."""
         member = self.plan.members[self.plan.index(width)]
         alpha, delta, step = self.scales(width)
-        codes, kernel = self.codes, self.plan.shape[2:]
+        kernel = self.plan.shape[2:]
+        rows, columns = self.codes.shape
         if member.narrow:
-            inputs, outputs = self.plan.narrow
-            codes = codes[:outputs, : inputs * kernel[0] * kernel[1]].contiguous()
+            inputs, rows = self.plan.narrow
+            columns = inputs * kernel[0] * kernel[1]
         return ops.conv2d(
             ops.quantize_uniform(x, step, self.zero, bits=width),
             step,
             self.zero,
-            codes,
+            derived(_packing(self.engine_bits, rows, columns), self.codes),
             alpha,
-            self.weight_zero[: len(codes)],
+            self.weight_zero[:rows],
             delta,
             weight_bits=self.engine_bits,
             kernel=kernel,
             **self.plan.geometry._asdict(),
         )
+
+
+@functools.cache
+def _packing(bits: int, rows: int, columns: int) -> Callable[[Tensor], Tensor]:
+    """Packs the leading rows and columns of codes that are less half their range."""
+
+    def pack(codes: Tensor) -> Tensor:
+        some = codes[:rows, :columns].to(torch.int16) + 2 ** (bits - 1)
+        return ops.pack_codes(some.to(torch.uint8), bits)
+
+    return pack

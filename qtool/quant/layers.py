@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,27 @@ def quantized(
     if table is None:
         return ops.quantize_uniform(x, scale, zero_point, bits=bits)
     return ops.quantize_table(x, scale, zero_point, table)
+
+
+class CodeQuantizer(NamedTuple):
+    """Per-tensor quantizers as `ops.linear_quantize` and its like end in them."""
+
+    scale: Tensor
+    zero_point: Tensor
+    table: Tensor | None
+    bits: int
+
+
+class Feeds(NamedTuple):
+    """What alone reads the result of a layer.
+
+    Attributes:
+        quantizer: Tells how the reader quantizes its input; asked anew at every call.
+        activation: What lies between, "none" or "gelu".
+    """
+
+    quantizer: Callable[[], CodeQuantizer]
+    activation: str = "none"
 
 
 class QuantLinear(nn.Module):
@@ -90,7 +112,7 @@ class QuantLinear(nn.Module):
         self.register_buffer("bias", empty(rows) if bias else None)
         levels = empty(2**tables.GRID_BITS, dtype=torch.uint8)
         self.register_buffer("input_table", levels if table else None)
-        self._resident: Tensor | None = None
+        self.feeds: Feeds | None = None
 
     @classmethod
     def empty(
@@ -116,7 +138,6 @@ class QuantLinear(nn.Module):
     def set_codes(self, codes: Tensor) -> None:
         """Store weight codes (N, K), uint8."""
         self.weight_packed.copy_(ops.pack_codes(codes, self.weight_bits))
-        self._resident = None
 
     def weight_codes(self) -> Tensor:
         """Weight codes (N, K), uint8."""
@@ -127,35 +148,46 @@ class QuantLinear(nn.Module):
         levels = self.weight_codes().int() - self.weight_zero_point[:, None]
         return levels.float() * self.weight_scale[:, None]
 
-    def resident_weight(self) -> Tensor:
-        """Weights as the device multiplies them best: unpacked once on a CPU, packed on a GPU."""
-        if self.weight_packed.device.type != "cpu":
-            return self.weight_packed
-        if self._resident is None:
-            self._resident = ops.prepare_weight(
-                self.weight_packed, self.weight_bits, self.in_features
-            )
-        return self._resident
-
-    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
-        self._resident = None
-        super()._load_from_state_dict(*args, **kwargs)
-
     def forward(self, x: Tensor) -> Tensor:
-        """Quantize `x`, multiply integers, apply scales and bias."""
-        codes = quantized(
+        """Quantize `x` unless it is codes already, multiply integers, apply scales and bias.
+
+        With `feeds` set the result is codes of what reads it.
+        """
+        shared: dict[str, Any] = {
+            "x": self.input_codes(x),
+            "x_scale": self.input_scale,
+            "x_zero": self.input_zero_point,
+            "weight": self.weight_packed,
+            "weight_scale": self.weight_scale,
+            "weight_zero": self.weight_zero_point,
+            "bias": self.bias,
+            "weight_bits": self.weight_bits,
+            "in_features": self.in_features,
+        }
+        if self.feeds is None:
+            return ops.linear(**shared)
+        reader = self.feeds.quantizer()
+        return ops.linear_quantize(
+            **shared,
+            activation=self.feeds.activation,
+            out_scale=reader.scale,
+            out_zero=reader.zero_point,
+            out_table=reader.table,
+            out_bits=reader.bits,
+        )
+
+    def input_codes(self, x: Tensor) -> Tensor:
+        """Codes of `x`; what is uint8 is codes already."""
+        if x.dtype == torch.uint8:
+            return x
+        return quantized(
             x, self.input_scale, self.input_zero_point, self.input_table, bits=self.input_bits
         )
-        return ops.linear(
-            codes,
-            self.input_scale,
-            self.input_zero_point,
-            self.resident_weight(),
-            self.weight_scale,
-            self.weight_zero_point,
-            self.bias,
-            weight_bits=self.weight_bits,
-            in_features=self.in_features,
+
+    def input_quantizer(self) -> CodeQuantizer:
+        """How what comes in is quantized, for whoever hands over codes."""
+        return CodeQuantizer(
+            self.input_scale, self.input_zero_point, self.input_table, self.input_bits
         )
 
     def extra_repr(self) -> str:
@@ -173,14 +205,13 @@ class QuantConv2d(QuantLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantize `x`, convolve integers, apply scales and bias."""
-        codes = quantized(
-            x, self.input_scale, self.input_zero_point, self.input_table, bits=self.input_bits
-        )
+        if x.device.type == "cpu":  # the layout in which CPUs convolve
+            x = x.contiguous(memory_format=torch.channels_last)
         return ops.conv2d(
-            codes,
+            self.input_codes(x),
             self.input_scale,
             self.input_zero_point,
-            self.resident_weight(),
+            self.weight_packed,
             self.weight_scale,
             self.weight_zero_point,
             self.bias,
@@ -228,6 +259,14 @@ class IntegerProducts(nn.Module):
     def table_of(self, name: str) -> Tensor | None:
         """Table of an operand, uint8 (256,), or None where codes are uniform."""
         return cast("Tensor | None", getattr(self, f"{name}_table", None))
+
+    def operands(self) -> CodeQuantizer:
+        """The quantizers of queries, keys and values, in this order."""
+        names = OPERANDS[0], OPERANDS[1], OPERANDS[3]
+        scales, zeros = zip(*map(self.parameters_of, names), strict=True)
+        found = [table for name in names if (table := self.table_of(name)) is not None]
+        table = torch.stack(found) if found else None
+        return CodeQuantizer(torch.cat(scales), torch.cat(zeros), table, self.bits)
 
     def _codes(self, name: str, x: Tensor) -> Tensor:
         scale, zero = self.parameters_of(name)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 _PERCENTILES = (1.0, 0.99999, 0.9999, 0.999)
 _SHRINK_STEPS = 20
+INT8_BITS = 8
 _SHRINK_FLOOR = 0.4
 _ACTIVATION_FLOOR = 0.1
 _SAMPLE = 65_536
@@ -319,6 +320,9 @@ def _regularised_gram(weight: Tensor) -> Tensor:
 def search_weight_range(weight: Tensor, *, bits: int) -> tuple[Tensor, Tensor]:
     """Per-output-channel range of least squared error.
 
+    Eight bits are spread evenly around zero: int8 units multiply signed bytes, and a level that a
+    shifted range gains there would need a ninth bit.
+
     Args:
         weight: (N, K).
         bits: Width of the code.
@@ -328,6 +332,9 @@ def search_weight_range(weight: Tensor, *, bits: int) -> tuple[Tensor, Tensor]:
     """
     rows = weight.detach().float()
     low, high = rows.amin(dim=1), rows.amax(dim=1)
+    if bits == INT8_BITS:
+        high = torch.maximum(-low * 127 / 128, high)
+        low = -high * 128 / 127
     best_scale, best_zero = uniform_parameters(low, high, bits=bits)
     best_error = torch.full_like(best_scale, float("inf"))
     for step in range(_SHRINK_STEPS * 2):

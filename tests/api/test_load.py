@@ -1,12 +1,16 @@
 """Checkpoints become models again, or are refused."""
 
+import copy
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 from qtool.api.load import load, restore
+from qtool.engine import dispatch
+from qtool.engine.cpu import exact, native
 from qtool.engine.packing import packed_width
 from qtool.errors import CheckpointError, UsageError
 from qtool.io import checkpoint
@@ -18,6 +22,7 @@ from qtool.methods.spdfq.reconstruction import (
 )
 from qtool.models import vision
 from qtool.quant.bits import BitSpec
+from qtool.quant.fusion import QuantLayerNorm
 from qtool.quant.plan import plan_layers
 
 
@@ -303,3 +308,150 @@ def test_the_header_is_plain_json(quantize, swin):
     quantize(swin, out="q.safetensors")
     header = checkpoint.read_header(Path("q.safetensors"))
     assert json.loads(json.dumps(header.model_dump())) == header.model_dump()
+
+
+def both_ways(path):
+    """A checkpoint's model with layers that hand codes on, and with layers on their own."""
+    header, tensors = checkpoint.read(Path(path))
+    return load(path), restore(header, tensors, origin=str(path))
+
+
+RECIPES = {
+    "w4a4": {"recipe": "strong"},
+    "w3a5": {"recipe": "paper"},
+    "w8a8": {"recipe": "strong"},
+    "mixed:4.0": {"recipe": "strong"},
+}
+
+
+@pytest.mark.parametrize("model", ["demo", "swin"])
+@pytest.mark.parametrize("bits", RECIPES)
+def test_layers_that_hand_codes_on_compute_the_same(request, quantize, images, model, bits):
+    quantize(request.getfixturevalue(model), bits=bits, out="q.safetensors", **RECIPES[bits])
+    fused, plain = both_ways("q.safetensors")
+    assert any(isinstance(module, QuantLayerNorm) for module in fused.modules())
+    assert not any(isinstance(module, QuantLayerNorm) for module in plain.modules())
+    with torch.no_grad():
+        for count in (1, 4):
+            assert torch.equal(fused(images[:count]), plain(images[:count]))
+        with dispatch.use_backend("reference"):
+            assert torch.equal(fused(images), plain(images))
+
+
+@pytest.mark.parametrize("family", ["convnext"])
+def test_convnext_hands_codes_on(convolutional, quantize, images, family):
+    quantize(convolutional(family), bits="w4a4", out="q.safetensors")
+    fused, plain = both_ways("q.safetensors")
+    assert any(isinstance(module, QuantLayerNorm) for module in fused.modules())
+    with torch.no_grad():
+        assert torch.equal(fused(images), plain(images))
+
+
+@pytest.mark.parametrize("recipe", ["paper", "strong"])
+@pytest.mark.parametrize("missing", ["int8 units", "compiled passes"])
+def test_a_lesser_cpu_computes_the_same(monkeypatch, quantize, demo, images, recipe, missing):
+    quantize(demo, bits="w4a4", out="q.safetensors", recipe=recipe)
+    with torch.no_grad():
+        expected = load("q.safetensors")(images)
+        if missing == "int8 units":
+            monkeypatch.setattr(exact, "has_int8_units", lambda: False)
+        else:
+            monkeypatch.setattr(native, "library", lambda: None)
+        dispatch._cpu_runs_whole_blocks.cache_clear()
+        try:
+            with dispatch.trace() as decisions:
+                assert torch.equal(load("q.safetensors")(images), expected)
+        finally:
+            dispatch._cpu_runs_whole_blocks.cache_clear()
+    assert dispatch.WHOLE_BLOCK not in decisions
+
+
+whole_blocks = pytest.mark.skipif(
+    not dispatch._cpu_runs_whole_blocks(), reason="no int8 units or no compiled passes here"
+)
+
+
+@pytest.fixture
+def block_model(quantize, demo):
+    """A model whose blocks run as one program."""
+    quantize(demo, bits="w4a4", out="q.safetensors")
+    return load("q.safetensors")
+
+
+@whole_blocks
+def test_whole_blocks_are_said_to_run(block_model, images):
+    with torch.no_grad(), dispatch.trace() as decisions:
+        block_model(images)
+    assert decisions.count(dispatch.WHOLE_BLOCK) == len(block_model.blocks)
+    assert not [decision for decision in decisions if decision.op == "attention"]
+    assert dispatch.WHOLE_BLOCK in dispatch.explain()
+
+
+@whole_blocks
+def test_hooks_inside_a_block_see_every_layer(block_model, images):
+    with torch.no_grad():
+        expected = block_model(images)
+        seen = []
+        handle = block_model.blocks[0].mlp.fc1.register_forward_hook(
+            lambda module, inputs, output: seen.append((inputs[0].dtype, output.dtype))
+        )
+        assert torch.equal(block_model(images), expected)
+        handle.remove()
+        assert torch.equal(block_model(images), expected)
+    assert seen == [(torch.uint8, torch.uint8)]
+
+
+@whole_blocks
+def test_a_block_notices_what_was_written_to_its_layers(block_model, images):
+    with torch.no_grad():
+        before = block_model(images)
+        block_model.blocks[0].mlp.fc1.bias.add_(1.0)
+        after = block_model(images)
+        assert not torch.equal(before, after)
+        handle = block_model.blocks[0].attn.register_forward_hook(lambda *_: None)
+        assert torch.equal(block_model(images), after)
+        handle.remove()
+
+
+@whole_blocks
+def test_copies_of_a_block_run_alone(block_model, images):
+    with torch.no_grad():
+        expected = block_model(images)
+        copied = copy.deepcopy(block_model)
+        block_model.blocks[0].mlp.fc1.bias.add_(1.0)
+        assert torch.equal(copied(images), expected)
+        state = copied.state_dict()
+        assert not torch.equal(block_model(images), expected)
+        block_model.load_state_dict(state)
+        assert torch.equal(block_model(images), expected)
+
+
+@whole_blocks
+def test_threads_share_a_model_but_not_its_memory(block_model):
+    generator = torch.Generator().manual_seed(1)
+    batches = [torch.randn(3, 3, 32, 32, generator=generator) for _ in range(8)]
+
+    def run(batch):
+        with torch.no_grad():
+            return block_model(batch)
+
+    expected = [run(batch) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            for found, wanted in zip(pool.map(run, batches), expected, strict=True):
+                assert torch.equal(found, wanted)
+
+
+def test_a_mask_reaches_attention(quantize, demo, images):
+    quantize(demo, bits="w4a4", out="q.safetensors")
+    fused, plain = both_ways("q.safetensors")
+    tokens = torch.randn(2, 17, 32, generator=torch.Generator().manual_seed(2))
+    hidden = torch.ones(17, 17, dtype=torch.bool).tril()
+    with torch.no_grad():
+        added = torch.zeros(2, 1, 17, 17).masked_fill(~hidden, -9)
+        for mask in (hidden, hidden[None, None], added):
+            found = fused.blocks[0](tokens, attn_mask=mask)
+            assert torch.equal(found, plain.blocks[0](tokens, attn_mask=mask))
+            assert not torch.equal(found, fused.blocks[0](tokens))
+        causal = fused.blocks[0](tokens, is_causal=True)
+        assert torch.equal(causal, fused.blocks[0](tokens, attn_mask=hidden))

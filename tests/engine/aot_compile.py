@@ -6,6 +6,7 @@ A program of its own because Triton must start without TRITON_INTERPRET. Run it 
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -19,7 +20,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from qtool.engine.kernels import (
+    attention,
     conv2d,
+    layer_norm,
     linear,
     linear_nested,
     matmul,
@@ -55,7 +58,7 @@ def strides(left: str, right: str) -> dict[str, str]:
 
 
 def linear_cases() -> list[Case]:
-    """Packed weights of every width, and prepared ones."""
+    """Packed weights of every width, then every way to end in codes."""
     types = {
         "x": "*u8",
         "x_scale": "*fp32",
@@ -69,19 +72,27 @@ def linear_cases() -> list[Case]:
         "channels": "i32",
         "in_features": "i32",
         "row_bytes": "i32",
+        "group_channels": "i32",
     }
+    none = dict.fromkeys(("out_scale", "out_zero", "out_table"))
+    plain = {"HAS_GELU": False, "QUANTIZES": False, "HAS_TABLE": False, "TOP": 255, **none}
     cases = []
     for bits in range(2, 9):
-        constants = {"IS_PREPARED": False, "BITS": bits, "OFFSET": 128 if bits == 8 else 0}
-        constants |= LINEAR | linear.PACKED
+        constants = {"BITS": bits, "OFFSET": 128 if bits == 8 else 0}
+        constants |= LINEAR | plain | linear.TILE
         name = f"linear w{bits}"
-        cases.append(Case(name, linear.linear_kernel, types, constants, linear.PACKED_OPTIONS))
-    constants = {"IS_PREPARED": True, "BITS": 4, "OFFSET": 8, **LINEAR, **linear.PREPARED}
-    types = types | {"weight": "*i8"}
-    name = "linear int8"
-    cases.append(Case(name, linear.linear_kernel, types, constants, linear.PREPARED_OPTIONS))
-    types = {name: kind for name, kind in types.items() if name not in ("weight_zero", "row_bytes")}
-    types["shift"] = "i32"
+        cases.append(Case(name, linear.linear_kernel, types, constants, linear.OPTIONS))
+    to_codes = types | {"y": "*u8", "out_scale": "*fp32", "out_zero": "*i32", "out_table": "*u8"}
+    for bits, gelu, table in itertools.product((4, 7, 8), (False, True), (False, True)):
+        constants = {"BITS": bits, "OFFSET": 128 if bits == 8 else 0, **LINEAR, **linear.TILE}
+        constants |= {"HAS_GELU": gelu, "QUANTIZES": True, "HAS_TABLE": table, "TOP": 255}
+        if not table:
+            constants["out_table"] = None
+        name = f"linear w{bits} to codes{' gelu' * gelu}{' table' * table}"
+        cases.append(Case(name, linear.linear_kernel, to_codes, constants, linear.OPTIONS))
+    unused = ("weight_zero", "row_bytes", "group_channels")
+    types = {name: kind for name, kind in types.items() if name not in unused}
+    types |= {"weight": "*i8", "shift": "i32"}
     constants = LINEAR | linear_nested.TILE
     kernel, options = linear_nested.linear_nested_kernel, linear_nested.OPTIONS
     cases.append(Case("linear_nested", kernel, types, constants, options, unaligned=("shift",)))
@@ -89,7 +100,7 @@ def linear_cases() -> list[Case]:
 
 
 def conv2d_cases() -> list[Case]:
-    """Packed weights of every width, prepared ones, and the narrow tile of depthwise kernels."""
+    """Weights of every width, and the narrow tile of depthwise kernels."""
     types = {
         "x": "*u8",
         "x_scale": "*fp32",
@@ -104,30 +115,97 @@ def conv2d_cases() -> list[Case]:
     }
     pairs = {"KERNEL": 3, "STRIDE": 2, "PADDING": 1, "DILATION": 1}
     window = {f"{name}_{axis}": size for name, size in pairs.items() for axis in "HW"}
-    forms = [(f"w{bits}", bits, False, conv2d.WIDE) for bits in range(2, 9)]
-    forms += [("int8", 4, True, conv2d.WIDE), ("w4 narrow", 4, False, conv2d.NARROW)]
+    forms = [(f"w{bits}", bits, conv2d.WIDE) for bits in range(2, 9)]
+    forms += [("w4 narrow", 4, conv2d.NARROW)]
     return [
         Case(
             f"conv2d {name}",
             conv2d.conv2d_kernel,
-            types | ({"weight": "*i8"} if prepared else {}),
+            types,
             {
                 "GROUPS": 1,
                 "HAS_BIAS": True,
-                "IS_PREPARED": prepared,
                 "BITS": bits,
-                "OFFSET": 2 ** (bits - 1) if prepared or bits == 8 else 0,
+                "OFFSET": 128 if bits == 8 else 0,
                 **window,
                 **tile,
             },
             conv2d.OPTIONS,
         )
-        for name, bits, prepared, tile in forms
+        for name, bits, tile in forms
     ]
 
 
+def attention_cases() -> list[Case]:
+    """Every kind of probabilities, with heads of every width that takes another tile."""
+    types = {
+        "qkv": "*u8",
+        "qkv_scale": "*fp32",
+        "qkv_zero": "*i32",
+        "added": "*fp32",
+        "p_scale": "*fp32",
+        "p_zero": "*i32",
+        "p_table": "*u8",
+        "out_scale": "*fp32",
+        "out_zero": "*i32",
+        "out_table": "*u8",
+        "out": "*u8",
+        **dict.fromkeys(("part", "tokens", "heads", "windows"), "i32"),
+    }
+    kinds = {
+        "uniform": {"IS_LOG2": False, "P_TOP": 15, "p_table": None},
+        "table": {"IS_LOG2": False, "P_TOP": 255},
+        "log2": {"IS_LOG2": True, "P_TOP": 15, "p_zero": None, "p_table": None},
+    }
+    cases = []
+    for width, kind, added in itertools.product((32, 64, 96), kinds, (False, True)):
+        constants = {
+            "WIDTH": width,
+            "HAS_ADDED": added,
+            "HAS_P_TABLE": kind == "table",
+            "HAS_OUT_TABLE": added,
+            "OUT_TOP": 255 if added else 15,
+            "BLOCK_D": attention.depth_of(width),
+            **attention.TILE,
+            **kinds[kind],
+        }
+        if not added:
+            constants |= {"added": None, "out_table": None}
+        name = f"attention {kind} d{width}{' added' * added}"
+        kernel, options = attention.attention_kernel, attention.OPTIONS
+        cases.append(Case(name, kernel, types, constants, options, unaligned=("tokens", "heads")))
+    return cases
+
+
+def layer_norm_cases() -> list[Case]:
+    """Rows of several widths, with and without parameters."""
+    types = {
+        "x": "*fp32",
+        "weight": "*fp32",
+        "bias": "*fp32",
+        "scale": "*fp32",
+        "zero_point": "*i32",
+        "table": "*u8",
+        "codes": "*u8",
+        "rows": "i32",
+        "eps": "fp32",
+    }
+    cases = []
+    for width, whole in ((96, True), (768, True), (768, False), (4096, True)):
+        block, warps = layer_norm.block_of(width)
+        constants = {"WIDTH": width, "TOP": 255, **block}
+        constants |= dict.fromkeys(("HAS_WEIGHT", "HAS_BIAS", "HAS_TABLE"), whole)
+        if not whole:
+            constants |= dict.fromkeys(("weight", "bias", "table"))
+        name = f"layer_norm d{width}{' bare' * (not whole)}"
+        options = layer_norm.OPTIONS | {"num_warps": warps}
+        kernel = layer_norm.layer_norm_quantize_kernel
+        cases.append(Case(name, kernel, types, constants, options, unaligned=("rows", "eps")))
+    return cases
+
+
 def other_cases() -> list[Case]:
-    """All kernels but those of linear layers and convolutions."""
+    """The quantizers, the products of matrices and the packed format."""
     cases = [
         Case(
             "quantize_uniform",
@@ -218,8 +296,8 @@ def other_cases() -> list[Case]:
             Case(
                 f"unpack_codes w{bits}",
                 unpack_codes.unpack_codes_kernel,
-                {"packed": "*u8", "codes": "*i8", **rows},
-                {"BITS": bits, "OFFSET": 2 ** (bits - 1), **unpack_codes.BLOCK},
+                {"packed": "*u8", "codes": "*u8", **rows},
+                {"BITS": bits, **unpack_codes.BLOCK},
                 unpack_codes.OPTIONS,
             )
         )
@@ -276,10 +354,16 @@ def stack_bytes(cubin: bytes) -> int | None:
     return max(int(value) for value in re.findall(r"STACK:(\d+)", usage.stdout + usage.stderr))
 
 
+def chosen() -> list[Case]:
+    """All cases."""
+    layers = linear_cases() + conv2d_cases() + layer_norm_cases()
+    return layers + attention_cases() + other_cases()
+
+
 def main() -> None:
     """Compiles for the capabilities of the command line, by default 80, 90 and 100."""
     for capability in [int(word) for word in sys.argv[1:]] or [80, 90, 100]:
-        for case in linear_cases() + conv2d_cases() + other_cases():
+        for case in chosen():
             print(json.dumps(compile_case(case, capability)), flush=True)
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
-from qtool.engine import ops
+from qtool.engine import contracts, dispatch, ops
 
 WIDTHS = range(2, 9)
 SIZES = [(1, 97, 48), (64, 96, 33), (77, 33, 7)]
@@ -72,18 +70,14 @@ def test_quantize_log2(bits, draw, device, assert_equal_everywhere):
         assert_equal_everywhere(ops.quantize_log2, x, step, bits=bits)
 
 
-@pytest.mark.parametrize("prepared", [False, True], ids=["packed", "prepared"])
 @pytest.mark.parametrize("per_token", [False, True], ids=["tensor", "token"])
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_linear(bits, per_token, prepared, draw, assert_equal_everywhere):
+def test_linear(bits, per_token, draw, assert_equal_everywhere):
     for rows, features, channels in SIZES:
         arguments = linear_arguments(
             draw, rows, features, channels, bits=bits, per_token=per_token, input_bits=10 - bits
         )
         bias = draw.floats(channels) if rows == 64 else None
-        if prepared:
-            weight = ops.prepare_weight(arguments[3], bits=bits, in_features=features)
-            arguments = (*arguments[:3], weight, *arguments[4:])
         sizes = {"weight_bits": bits, "in_features": features}
         assert_equal_everywhere(ops.linear, *arguments, bias, **sizes)
 
@@ -92,6 +86,212 @@ def test_linear(bits, per_token, prepared, draw, assert_equal_everywhere):
 def test_linear_on_the_tokens_of_a_picture(bits, draw, assert_equal_everywhere):
     arguments = linear_arguments(draw, 197, 193, 65, bits=bits, per_token=True)
     assert_equal_everywhere(ops.linear, *arguments, weight_bits=bits, in_features=193)
+
+
+def some_levels(draw, *groups):
+    """Tables with 16 levels at random places, as those of quantizers that were fitted to data."""
+    steps = draw.codes(*groups, 256, bits=4).sort().values
+    return (steps * 17).to(torch.uint8)
+
+
+def quantizers_of(draw, values, *, groups=1, bits, table=False):
+    """Output quantizers that use their codes on `values` (..., N): scales, zeros and tables."""
+    scale = [part.std() / 2 ** (bits - 2) + 1e-6 for part in values.chunk(groups, dim=-1)]
+    zero = draw.zeros(groups, bits=bits - 1) + 2 ** (bits - 2)
+    tables = some_levels(draw, groups) if table else None
+    return torch.stack(scale), zero, tables
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("table", [False, True], ids=["uniform", "table"])
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_linear_quantize(bits, table, groups, draw, assert_equal_everywhere):
+    for rows, features, channels in SIZES:
+        channels *= groups
+        arguments = linear_arguments(draw, rows, features, channels, bits=bits, per_token=rows > 64)
+        arguments += (draw.floats(channels) * 9 if rows == 64 else None,)
+        sizes = {"weight_bits": bits, "in_features": features}
+        with dispatch.use_backend("reference"):
+            values = ops.linear(*arguments, **sizes)
+        width = 8 if table else bits
+        scale, zero, tables = quantizers_of(draw, values, groups=groups, bits=width, table=table)
+        output = {"out_scale": scale, "out_zero": zero, "out_table": tables, "out_bits": width}
+        codes = assert_equal_everywhere(ops.linear_quantize, *arguments, **sizes, **output)
+        assert codes.shape == ((rows, channels) if groups == 1 else (3, rows, channels // 3))
+        assert len(codes.unique()) > 2
+        for group, part in enumerate(values.chunk(groups, dim=-1)):
+            plain = ops.quantize_uniform(part, scale[group], zero[group], bits=width)
+            if table:
+                plain = tables[group][plain.long()]
+            assert torch.equal(codes if groups == 1 else codes[group], plain)
+
+
+@pytest.mark.parametrize("table", [False, True], ids=["uniform", "table"])
+@pytest.mark.parametrize("rows", [1, 77])
+def test_linear_quantize_after_gelu(rows, table, draw, assert_equal_up_to_ties):
+    arguments = linear_arguments(draw, rows, 97, 70, bits=4, per_token=False)
+    sizes = {"weight_bits": 4, "in_features": 97}
+    arguments = (arguments[0], arguments[1] / 999, *arguments[2:], draw.floats(70))
+    with dispatch.use_backend("reference"):
+        values = ops.linear(*arguments, **sizes)
+    for bits in (4, 8):
+        scale, zero, tables = quantizers_of(draw, values, bits=8 if table else bits, table=table)
+        codes = assert_equal_up_to_ties(
+            ops.linear_quantize,
+            *arguments,
+            uniform=not table,
+            activation="gelu",
+            out_scale=scale,
+            out_zero=zero,
+            out_table=None if tables is None else tables[0],
+            out_bits=bits,
+            **sizes,
+        )
+        assert len(codes.unique()) > 4
+
+
+def test_linear_quantize_of_tokens_with_leading_dimensions(draw, assert_equal_everywhere):
+    _, x_scale, x_zero, *weight = linear_arguments(draw, 1, 33, 66, bits=3, per_token=False)
+    output = {"out_scale": draw.scales(3) * 99, "out_zero": draw.zeros(3), "out_bits": 8}
+    codes = assert_equal_everywhere(
+        ops.linear_quantize,
+        draw.codes(2, 5, 33),
+        x_scale,
+        x_zero,
+        *weight,
+        weight_bits=3,
+        in_features=33,
+        **output,
+    )
+    assert codes.shape == (3, 2, 5, 22)
+
+
+@pytest.mark.parametrize("table", [False, True], ids=["uniform", "table"])
+@pytest.mark.parametrize("whole", [False, True], ids=["bare", "affine"])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 77), (2, 7, 96), (1, 5, 1000), (3, 2500), (1, 4096)])
+def test_layer_norm_quantize(shape, whole, table, draw, assert_equal_up_to_ties):
+    width = shape[-1]
+    x = draw.floats(*shape) * 3 + 50
+    parameters = (draw.floats(width), draw.floats(width)) if whole else (None, None)
+    zero = torch.tensor([100], dtype=torch.int32, device=draw.device)
+    codes = assert_equal_up_to_ties(
+        ops.layer_norm_quantize,
+        x,
+        *parameters,
+        uniform=not table,
+        eps=1e-6,
+        scale=draw.scales(1) / 9 + 0.02,
+        zero_point=zero,
+        table=some_levels(draw) if table else None,
+        bits=8,
+    )
+    assert width == 1 or len(codes.unique()) > 2
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_layer_norm_quantize_at_every_width(bits, draw, assert_equal_up_to_ties):
+    quantizer = {"scale": draw.scales(1), "zero_point": draw.zeros(1, bits=bits), "bits": bits}
+    x = draw.floats(9, 33)
+    x[0] = 7.0  # no variance at all
+    x[1] *= 1e-4
+    x[2] *= 1e15
+    codes = assert_equal_up_to_ties(ops.layer_norm_quantize, x, None, None, eps=1e-5, **quantizer)
+    assert int(codes.max()) < 2**bits
+
+
+PROBABILITIES = {
+    "uniform 2": {"p_scale": 1 / 3, "p_zero": 0, "p_bits": 2},
+    "uniform 8": {"p_scale": 1 / 255, "p_zero": 0, "p_bits": 8},
+    "shifted": {"p_scale": 1 / 99, "p_zero": 5, "p_bits": 7},
+    "table": {"p_scale": 1 / 255, "p_zero": 3, "p_bits": 8, "p_table": True},
+    "log2 2": {"p_scale": 1.0, "p_zero": None, "p_bits": 2},
+    "log2 4": {"p_scale": 0.9, "p_zero": None, "p_bits": 4},
+    "log2 8": {"p_scale": 0.7, "p_zero": None, "p_bits": 8},
+}
+
+
+def attention_arguments(draw, size, kind, *, windows=0, table=False):
+    """Queries and keys whose scores spread by a few units, in any of the quantizers."""
+    _, tokens, heads, width = size
+
+    def one(value, dtype=torch.float32):
+        return torch.tensor([value], dtype=dtype, device=draw.device)
+
+    probabilities = dict(PROBABILITIES[kind])
+    probabilities["p_scale"] = one(probabilities["p_scale"])
+    if probabilities["p_zero"] is not None:
+        probabilities["p_zero"] = one(probabilities["p_zero"], torch.int32)
+    if probabilities.pop("p_table", False):
+        probabilities["p_table"] = some_levels(draw)
+    scale = torch.tensor([0.03 / width**0.5, 0.01, 0.02], device=draw.device)
+    zero = torch.tensor([120, 140, 100], dtype=torch.int32, device=draw.device)
+    output = {
+        "out_scale": one(0.015),
+        "out_zero": one(110, torch.int32),
+        "out_table": some_levels(draw) if table else None,
+        "out_bits": 8,
+    }
+    added = draw.floats(windows, heads, tokens, tokens) if windows else None
+    return (draw.codes(3, *size), scale, zero), {"added": added, **probabilities, **output}
+
+
+@pytest.mark.parametrize("windows", [0, 1, 2])
+@pytest.mark.parametrize("kind", PROBABILITIES)
+def test_attention(kind, windows, draw, assert_equal_up_to_ties):
+    for size, table in (((2, 77, 3, 33), False), ((4, 1, 1, 5), True), ((2, 49, 2, 32), True)):
+        arguments, options = attention_arguments(draw, size, kind, windows=windows, table=table)
+        codes = assert_equal_up_to_ties(ops.attention, *arguments, uniform=not table, **options)
+        assert len(codes.unique()) > 4
+        assert codes.shape == (*size[:2], size[2] * size[3])
+
+
+@pytest.mark.parametrize("kind", ["uniform 8", "table", "log2 4"])
+def test_attention_on_the_tokens_of_a_picture(kind, draw, assert_equal_up_to_ties):
+    arguments, options = attention_arguments(draw, (1, 197, 2, 64), kind)
+    assert_equal_up_to_ties(ops.attention, *arguments, **options)
+
+
+@pytest.mark.parametrize("kind", ["uniform 8", "log2 4"])
+def test_attention_with_the_widest_heads(kind, draw, assert_equal_up_to_ties):
+    arguments, options = attention_arguments(draw, (1, 40, 1, contracts.MAX_HEAD_WIDTH), kind)
+    assert_equal_up_to_ties(ops.attention, *arguments, **options)
+
+
+@pytest.mark.parametrize("kind", ["uniform 8", "log2 4"])
+def test_attention_leaves_out_keys_that_a_map_hides(kind, draw, assert_equal_up_to_ties):
+    """Whole blocks of keys may be hidden, the first ones too, by minus infinity."""
+    arguments, options = attention_arguments(draw, (2, 77, 2, 16), kind, windows=2)
+    options["added"][0, :, :, :40] = -float("inf")
+    options["added"][1, :, :, 70:] = -float("inf")
+    expected = assert_equal_up_to_ties(ops.attention, *arguments, **options)
+    arguments[0][2, 0, :40], arguments[0][2, 1, 70:] = 255, 255
+    same = assert_equal_up_to_ties(ops.attention, *arguments, **options)
+    assert torch.equal(same, expected)
+
+
+def test_attention_to_one_key_returns_its_value(device, assert_equal_everywhere):
+    """Scores far apart give all of the weight to one key each."""
+    tokens, width = 40, 8
+    qkv = torch.full((3, 1, tokens, 1, width), 128, dtype=torch.uint8, device=device)
+    added = torch.full((1, 1, tokens, tokens), -100.0, device=device)
+    order = torch.arange(tokens, device=device).flip(0)
+    added[0, 0, torch.arange(tokens), order] = 100.0
+    qkv[2, 0, :, 0] = torch.arange(tokens * width, device=device).view(tokens, width) % 251
+    one, zero = torch.ones(1, device=device), torch.zeros(1, dtype=torch.int32, device=device)
+    parameters = (one.repeat(3), zero.repeat(3), one / 255)
+    codes = assert_equal_everywhere(
+        ops.attention,
+        qkv,
+        *parameters[:2],
+        added=added,
+        p_scale=parameters[2],
+        p_zero=zero,
+        p_bits=8,
+        out_scale=one,
+        out_zero=zero,
+        out_bits=8,
+    )
+    assert torch.equal(codes[0], qkv[2, 0, order, 0])
 
 
 def convolution_arguments(draw, shape, channels, *, bits, groups=1, kernel, input_bits=8):
@@ -121,9 +321,9 @@ CONVOLUTIONS = {
 }
 
 
-@pytest.mark.parametrize("prepared", [False, True], ids=["packed", "prepared"])
+@pytest.mark.parametrize("biased", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("form", CONVOLUTIONS)
-def test_conv2d(form, prepared, draw, assert_equal_everywhere):
+def test_conv2d(form, biased, draw, assert_equal_everywhere):
     shape, channels, geometry = CONVOLUTIONS[form]
     bits = 3 + len(form) % 4
     arguments = convolution_arguments(
@@ -134,11 +334,7 @@ def test_conv2d(form, prepared, draw, assert_equal_everywhere):
         groups=geometry.get("groups", 1),
         kernel=geometry["kernel"],
     )
-    bias = draw.floats(channels) if prepared else None
-    if prepared:
-        terms = shape[1] // geometry.get("groups", 1) * math.prod(geometry["kernel"])
-        weight = ops.prepare_weight(arguments[3], bits=bits, in_features=terms)
-        arguments = (*arguments[:3], weight, *arguments[4:])
+    bias = draw.floats(channels) if biased else None
     assert_equal_everywhere(ops.conv2d, *arguments, bias, weight_bits=bits, **geometry)
 
 

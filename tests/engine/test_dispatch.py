@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from qtool.engine import dispatch, ops
+from qtool.engine.contracts import OPERATIONS
 from qtool.errors import BackendError, UsageError
 
 X = torch.linspace(0, 1, 12).view(3, 4)
@@ -89,6 +91,16 @@ def test_without_triton_it_is_absent(monkeypatch):
         "triton": "Triton is not installed",
     }
     dispatch._triton_absence.cache_clear()
+
+
+def test_every_operation_has_a_version_on_every_backend():
+    pytest.importorskip("triton", reason="Triton is not installed here")
+    for op in OPERATIONS:
+        for backend in ("reference", "cpu", "triton"):
+            function = dispatch._load(op, backend)
+            assert function.__name__ == op
+            names = list(inspect.signature(function).parameters)
+            assert names == list(inspect.signature(dispatch._load(op, "reference")).parameters)
 
 
 def test_set_backend_holds_until_it_is_set_again():

@@ -33,7 +33,6 @@ def arguments(op, draw):
         "quantize_log2": (draw.floats(3, 9).abs(), one, 4),
         "pack_codes": (draw.codes(5, 11, bits=3), 3),
         "unpack_codes": (packed, 3, 11),
-        "prepare_weight": (packed, 3, 11),
         "linear": (
             draw.codes(2, 7, 11),
             draw.scales(2, 7, 1),
@@ -44,6 +43,46 @@ def arguments(op, draw):
             draw.floats(5),
             3,
             11,
+        ),
+        "layer_norm_quantize": (
+            draw.floats(2, 7, 9),
+            draw.floats(9),
+            draw.floats(9),
+            1e-5,
+            draw.scales(1) / 9,
+            draw.zeros(1),
+            draw.codes(256).sort().values,
+            8,
+        ),
+        "linear_quantize": (
+            draw.codes(2, 7, 11),
+            draw.scales(2, 7, 1),
+            draw.zeros(2, 7, 1),
+            ops.pack_codes(draw.codes(6, 11, bits=3), bits=3),
+            draw.scales(6),
+            draw.zeros(6, bits=3),
+            draw.floats(6),
+            3,
+            11,
+            "none",
+            draw.scales(3),
+            draw.zeros(3),
+            draw.codes(3, 256).sort().values,
+            8,
+        ),
+        "attention": (
+            draw.codes(3, 4, 5, 2, 7),
+            draw.scales(3) / 99,
+            draw.zeros(3),
+            draw.floats(2, 2, 5, 5),
+            one / 9,
+            zero,
+            draw.codes(256).sort().values,
+            8,
+            draw.scales(1) / 99,
+            draw.zeros(1),
+            draw.codes(256).sort().values,
+            8,
         ),
         "conv2d": (
             draw.codes(2, 6, 7, 5),
@@ -185,18 +224,42 @@ def test_products_of_nothing_are_zero_plus_bias(
     sizes = {"bits": 3, "in_features": terms}
     assert torch.equal(assert_equal_everywhere(ops.unpack_codes, packed, **sizes), codes)
     bias = draw.floats(channels)
-    for weight in (packed, assert_equal_everywhere(ops.prepare_weight, packed, **sizes)):
-        rest = (weight, draw.scales(channels), draw.zeros(channels, bits=3), bias)
-        x, widths = draw.codes(rows, terms), {"weight_bits": 3, "in_features": terms}
-        y = assert_equal_everywhere(ops.linear, x, one, zero, *rest, **widths)
-        assert y.shape == (rows, channels)
-        if terms == 0:
-            assert torch.equal(y, bias.expand(rows, channels))
+    rest = (packed, draw.scales(channels), draw.zeros(channels, bits=3), bias)
+    x, widths = draw.codes(rows, terms), {"weight_bits": 3, "in_features": terms}
+    y = assert_equal_everywhere(ops.linear, x, one, zero, *rest, **widths)
+    assert y.shape == (rows, channels)
+    if terms == 0:
+        assert torch.equal(y, bias.expand(rows, channels))
+    for groups in (1, 2):
+        output = {"out_scale": draw.scales(groups), "out_zero": draw.zeros(groups), "out_bits": 8}
+        y = assert_equal_everywhere(ops.linear_quantize, x, one, zero, *rest, **widths, **output)
+        assert y.shape == ((rows, channels) if groups == 1 else (2, rows, channels // 2))
     pair = (draw.codes(2, rows, terms), draw.codes(2, terms, channels))
     out = assert_equal_everywhere(ops.matmul, pair[0], one, zero, pair[1], one, zero)
     assert out.shape == (2, rows, channels)
     out = assert_equal_everywhere(ops.matmul_log2, pair[0], one, pair[1], one, zero, bits=8)
     assert out.shape == (2, rows, channels)
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (4, 0), (2, 0, 3)])
+def test_normalising_nothing_gives_nothing(shape, draw, assert_equal_everywhere):
+    quantizer = {"scale": draw.scales(1), "zero_point": draw.zeros(1), "bits": 4}
+    x = draw.floats(*shape)
+    codes = assert_equal_everywhere(ops.layer_norm_quantize, x, None, None, eps=1e-6, **quantizer)
+    assert codes.shape == shape
+
+
+@pytest.mark.parametrize("added", [False, True], ids=["plain", "added"])
+@pytest.mark.parametrize("size", [(0, 5, 2, 4), (2, 0, 2, 4), (2, 5, 0, 4), (2, 5, 2, 0)])
+def test_attention_to_nothing_is_nothing(size, added, draw, assert_equal_everywhere):
+    batch, tokens, heads, width = size
+    quantizers = {"p_scale": draw.scales(1), "p_zero": draw.zeros(1), "p_bits": 8}
+    quantizers |= {"out_scale": draw.scales(1), "out_zero": draw.zeros(1), "out_bits": 8}
+    maps = draw.floats(2, heads, tokens, tokens) if added else None
+    parameters = (draw.scales(3), draw.zeros(3))
+    qkv = draw.codes(3, *size)
+    out = assert_equal_everywhere(ops.attention, qkv, *parameters, added=maps, **quantizers)
+    assert out.shape == (batch, tokens, heads * width)
 
 
 def test_a_single_vector_is_a_row(draw, assert_equal_everywhere):

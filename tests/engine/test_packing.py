@@ -71,9 +71,9 @@ def test_bits_past_the_last_code_do_not_matter(bits, draw, assert_equal_everywhe
     for plane in packing.planes(bits, 9):
         used = 9 * plane.width % 8
         dirty[:, plane.stop - 1] |= 0 if used == 0 else 256 - 2**used
-    for call in (ops.unpack_codes, ops.prepare_weight):
-        expected = call(clean, bits=bits, in_features=9)
-        assert torch.equal(assert_equal_everywhere(call, dirty, bits=bits, in_features=9), expected)
+    sizes = {"bits": bits, "in_features": 9}
+    expected = ops.unpack_codes(clean, **sizes)
+    assert torch.equal(assert_equal_everywhere(ops.unpack_codes, dirty, **sizes), expected)
     x, one, zero = draw.codes(3, 9), draw.scales(1), draw.zeros(1)
     rest = (draw.scales(5), draw.zeros(5, bits=bits))
     sizes = {"weight_bits": bits, "in_features": 9}
@@ -89,8 +89,6 @@ def test_backends_pack_alike(bits, in_features, draw, assert_equal_everywhere):
     packed = assert_equal_everywhere(ops.pack_codes, codes, bits=bits)
     sizes = {"bits": bits, "in_features": in_features}
     assert torch.equal(assert_equal_everywhere(ops.unpack_codes, packed, **sizes), codes)
-    prepared = assert_equal_everywhere(ops.prepare_weight, packed, **sizes)
-    assert torch.equal(prepared.int() + 2 ** (bits - 1), codes.int())
 
 
 def test_unpacking_never_returns_its_input(draw):

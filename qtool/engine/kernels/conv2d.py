@@ -51,7 +51,6 @@ def conv2d_kernel(
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    IS_PREPARED: tl.constexpr,
     BITS: tl.constexpr,
     OFFSET: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -93,14 +92,7 @@ def conv2d_kernel(
         codes = tl.where(there, codes, zero_code.to(tl.uint8))
         codes = tl.where(inside[None, :], codes ^ 128, 0)
         left = codes.to(tl.int8, bitcast=True)
-        if IS_PREPARED:
-            right = tl.load(
-                weight_rows[:, None] + k[None, :],
-                mask=n_valid[:, None] & inside[None, :],
-                other=0,
-            )
-        else:
-            right = unpacked(weight_rows, n_valid, k_start, terms, BITS, BLOCK_K)
+        right = unpacked(weight_rows, n_valid, k_start, terms, BITS, BLOCK_K)
         sums = tl.dot(left, tl.trans(right), sums, out_dtype=tl.int32)
         x_sums += tl.sum(left.to(tl.int32), 1)
         weight_sums += tl.sum(right.to(tl.int32), 1)
@@ -136,7 +128,6 @@ def conv2d(
     size = output_size(
         x.shape[2:], kernel=kernel, stride=stride, padding=padding, dilation=dilation
     )
-    prepared = weight.dtype == torch.int8
     y = weight_scale.new_empty(len(x), len(weight), *size)
     if y.numel() == 0:
         return y
@@ -171,9 +162,8 @@ def conv2d(
             DILATION_H=dilation[0],
             DILATION_W=dilation[1],
             HAS_BIAS=bias is not None,
-            IS_PREPARED=prepared,
             BITS=weight_bits,
-            OFFSET=2 ** (weight_bits - 1) if prepared or weight_bits == 8 else 0,
+            OFFSET=128 if weight_bits == 8 else 0,
             **tile,
             **OPTIONS,
         )

@@ -1,4 +1,4 @@
-"""Triton: integer linear layer on int8 tensor cores, from packed or prepared weights.
+"""Triton: integer linear layer on int8 tensor cores, from packed weights to values or codes.
 
 Both factors enter the product as int8, activations less 128. The zero points are put right once, at
 the end, from the sums of rows and columns.
@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Tiles that spill no registers on compute capability 8.0, 9.0 and 10.0. Multiplication and addition
-# stay apart, since fusing them would change the last bit.
-PACKED = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}
-PREPARED = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 128}
-PACKED_OPTIONS = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": False}
-PREPARED_OPTIONS = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": False}
+from qtool.engine.kernels.quantize_uniform import uniform_codes
+
+# A tile that spills no registers on compute capability 8.0, 9.0 and 10.0. Multiplication and
+# addition stay apart, since fusing them would change the last bit.
+TILE = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}
+OPTIONS = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": False}
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -79,21 +79,31 @@ def linear_kernel(
     weight_zero: tl.tensor,
     bias: tl.tensor,
     y: tl.tensor,
+    out_scale: tl.tensor,
+    out_zero: tl.tensor,
+    out_table: tl.tensor,
     rows: tl.tensor,
     channels: tl.tensor,
     in_features: tl.tensor,
     row_bytes: tl.tensor,
+    group_channels: tl.tensor,
     SCALE_STEP: tl.constexpr,
     ZERO_STEP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    IS_PREPARED: tl.constexpr,
+    HAS_GELU: tl.constexpr,
+    QUANTIZES: tl.constexpr,
+    HAS_TABLE: tl.constexpr,
+    TOP: tl.constexpr,
     BITS: tl.constexpr,
     OFFSET: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> None:
-    """Computes one tile of `y` (rows, channels); int8 weights are codes less `OFFSET`."""
+    """Computes one tile of `y` (groups, rows, group_channels); int8 weights are codes - `OFFSET`.
+
+    `QUANTIZES` makes codes of the values, with one quantizer for each group of output channels.
+    """
     blocks = tl.cdiv(channels, BLOCK_N)
     program = tl.program_id(0)
     m_start = (program // blocks).to(tl.int64) * BLOCK_M
@@ -112,14 +122,7 @@ def linear_kernel(
             x_rows[:, None] + k[None, :], mask=m_valid[:, None] & inside[None, :], other=128
         )
         left = (codes ^ 128).to(tl.int8, bitcast=True)
-        if IS_PREPARED:
-            right = tl.load(
-                weight_rows[:, None] + k[None, :],
-                mask=n_valid[:, None] & inside[None, :],
-                other=0,
-            )
-        else:
-            right = unpacked(weight_rows, n_valid, k_start, in_features, BITS, BLOCK_K)
+        right = unpacked(weight_rows, n_valid, k_start, in_features, BITS, BLOCK_K)
         sums = tl.dot(left, tl.trans(right), sums, out_dtype=tl.int32)
         x_sums += tl.sum(left.to(tl.int32), 1)
         weight_sums += tl.sum(right.to(tl.int32), 1)
@@ -132,9 +135,20 @@ def linear_kernel(
     result = sums.to(tl.float32) * (scale[:, None] * channel_scale[None, :])
     if HAS_BIAS:
         result += tl.load(bias + n, mask=n_valid, other=0.0)[None, :]
-    tl.store(
-        y + m[:, None] * channels + n[None, :], result, mask=m_valid[:, None] & n_valid[None, :]
-    )
+    if HAS_GELU:
+        result = 0.5 * result * (1.0 + tl.erf(result * 0.7071067811865476))
+    valid = m_valid[:, None] & n_valid[None, :]
+    if QUANTIZES:
+        group = n // group_channels
+        offsets = m[:, None] * group_channels + (group * rows * group_channels + n % group_channels)
+        step = tl.load(out_scale + group, mask=n_valid, other=1.0)
+        middle = tl.load(out_zero + group, mask=n_valid, other=0).to(tl.float32)
+        code = uniform_codes(result, step[None, :], middle[None, :], TOP)
+        if HAS_TABLE:
+            code = tl.load(out_table + group[None, :] * 256 + code, mask=valid, other=0)
+        tl.store(y + offsets, code.to(tl.uint8), mask=valid)
+    else:
+        tl.store(y + m[:, None] * channels + n[None, :], result, mask=valid)
 
 
 def linear(
@@ -149,14 +163,59 @@ def linear(
     in_features: int,
 ) -> Tensor:
     """Integer linear layer; see `qtool.engine.ops.linear`."""
-    x, weight = x.contiguous(), weight.contiguous()
-    rows, channels = math.prod(x.shape[:-1]), len(weight)
-    prepared = weight.dtype == torch.int8
-    y = weight_scale.new_empty(*x.shape[:-1], channels)
+    y = weight_scale.new_empty(*x.shape[:-1], len(weight))
+    parameters = (weight, weight_scale, weight_zero, bias, weight_bits, in_features)
+    return _launch(y, x, x_scale, x_zero, *parameters)
+
+
+def linear_quantize(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero: Tensor,
+    bias: Tensor | None,
+    weight_bits: int,
+    in_features: int,
+    activation: str,
+    out_scale: Tensor,
+    out_zero: Tensor,
+    out_table: Tensor | None,
+    out_bits: int,
+) -> Tensor:
+    """Integer linear layer that ends in codes; see `qtool.engine.ops.linear_quantize`."""
+    groups = len(out_scale)
+    shape = (*x.shape[:-1], len(weight) // groups)
+    y = x.new_empty(shape if groups == 1 else (groups, *shape))
+    parameters = (weight, weight_scale, weight_zero, bias, weight_bits, in_features)
+    output = (activation, out_scale, out_zero, out_table, out_bits)
+    return _launch(y, x, x_scale, x_zero, *parameters, *output)
+
+
+def _launch(
+    y: Tensor,
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero: Tensor,
+    bias: Tensor | None,
+    weight_bits: int,
+    in_features: int,
+    activation: str = "none",
+    out_scale: Tensor | None = None,
+    out_zero: Tensor | None = None,
+    out_table: Tensor | None = None,
+    out_bits: int = 8,
+) -> Tensor:
+    """Fills `y` with values, or with codes where there are quantizers for them."""
     if y.numel() == 0:
         return y
-    tile, options = (PREPARED, PREPARED_OPTIONS) if prepared else (PACKED, PACKED_OPTIONS)
-    blocks = triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(channels, tile["BLOCK_N"])
+    x, weight = x.contiguous(), weight.contiguous()
+    rows, channels = math.prod(x.shape[:-1]), len(weight)
+    blocks = triton.cdiv(rows, TILE["BLOCK_M"]) * triton.cdiv(channels, TILE["BLOCK_N"])
     with torch.cuda.device_of(x):
         linear_kernel[(blocks,)](
             x,
@@ -167,17 +226,24 @@ def linear(
             weight_zero.contiguous(),
             None if bias is None else bias.contiguous(),
             y,
+            None if out_scale is None else out_scale.contiguous(),
+            None if out_zero is None else out_zero.contiguous(),
+            None if out_table is None else out_table.contiguous(),
             rows,
             channels,
             in_features,
             weight.shape[1],
+            channels if out_scale is None else channels // len(out_scale),
             SCALE_STEP=int(x_scale.numel() > 1),
             ZERO_STEP=int(x_zero.numel() > 1),
             HAS_BIAS=bias is not None,
-            IS_PREPARED=prepared,
+            HAS_GELU=activation == "gelu",
+            QUANTIZES=out_scale is not None,
+            HAS_TABLE=out_table is not None,
+            TOP=2**out_bits - 1 if out_table is None else 255,
             BITS=weight_bits,
-            OFFSET=2 ** (weight_bits - 1) if prepared or weight_bits == 8 else 0,
-            **tile,
-            **options,
+            OFFSET=128 if weight_bits == 8 else 0,
+            **TILE,
+            **OPTIONS,
         )
     return y

@@ -18,6 +18,13 @@ OPTIONS = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": False}
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def powers_of_two(code: tl.tensor, TOP: tl.constexpr) -> tl.tensor:
+    """What int32 codes stand for, as float32: 2^-code, zero for the top code."""
+    means_zero = (code == TOP) | (code > 126)
+    return tl.where(means_zero, 0, (127 - code) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def matmul_log2_kernel(
     p: tl.tensor,
     p_scale: tl.tensor,
@@ -67,8 +74,7 @@ def matmul_log2_kernel(
             mask=inside[:, None] & n_valid[None, :],
             other=0,
         )
-        means_zero = (code == TOP) | (code > 126)
-        power = tl.where(means_zero, 0, (127 - code) << 23).to(tl.float32, bitcast=True)
+        power = powers_of_two(code, TOP)
         sums = tl.dot(power, value.to(tl.float32) - zero, sums, input_precision="tf32")
     result = sums * (tl.load(p_scale) * tl.load(v_scale))
     offsets = batch * rows * columns + m[:, None] * columns + n[None, :]

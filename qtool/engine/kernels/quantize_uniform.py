@@ -14,6 +14,18 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def uniform_codes(
+    values: tl.tensor, step: tl.tensor, zero: tl.tensor, TOP: tl.constexpr
+) -> tl.tensor:
+    """Codes of float32 `values` as int32; `step` and `zero`, float32 too, broadcast to them."""
+    ratio = tl.div_rn(values, step)
+    # Adding and taking away 1.5 * 2^23 rounds half to even, as long as the ratio is below 2^22.
+    ratio = tl.minimum(tl.maximum(ratio, -2097152.0), 2097152.0)
+    level = (ratio + 12582912.0) - 12582912.0 + zero
+    return tl.minimum(tl.maximum(level, 0.0), TOP).to(tl.int32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def quantize_uniform_kernel(
     x: tl.tensor,
     scale: tl.tensor,
@@ -40,11 +52,7 @@ def quantize_uniform_kernel(
     values = tl.load(x + offsets, mask=inside, other=0.0)
     step = tl.load(scale + row * SCALE_STEP, mask=valid, other=1.0)
     zero = tl.load(zero_point + row * ZERO_STEP, mask=valid, other=0).to(tl.float32)
-    ratio = tl.div_rn(values, step[:, None])
-    # Adding and taking away 1.5 * 2^23 rounds half to even, as long as the ratio is below 2^22.
-    ratio = tl.minimum(tl.maximum(ratio, -2097152.0), 2097152.0)
-    level = (ratio + 12582912.0) - 12582912.0 + zero[:, None]
-    code = tl.minimum(tl.maximum(level, 0.0), TOP).to(tl.int32)
+    code = uniform_codes(values, step[:, None], zero[:, None], TOP)
     if HAS_TABLE:
         code = tl.load(table + code, mask=inside, other=0)
     tl.store(codes + offsets, code.to(tl.uint8), mask=inside)

@@ -1,4 +1,4 @@
-"""Triton: unpacking of codes, as they are or centred for the int8 units."""
+"""Triton: unpacking of codes."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ def unpack_codes_kernel(
     in_features: tl.tensor,
     row_bytes: tl.tensor,
     BITS: tl.constexpr,
-    OFFSET: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ) -> None:
-    """Unpacks one tile of codes (rows, in_features) and takes `OFFSET` away."""
+    """Unpacks one tile of codes (rows, in_features)."""
     blocks = tl.cdiv(in_features, BLOCK_WIDTH)
     program = tl.program_id(0)
     row = (program // blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -39,24 +38,13 @@ def unpack_codes_kernel(
             code |= ((byte >> shift[None, :]) & ((1 << (1 << digit)) - 1)) << low
             plane += ((in_features << digit) + 7) >> 3
     offsets = row[:, None] * in_features + k[None, :]
-    tl.store(codes + offsets, (code - OFFSET).to(codes.dtype.element_ty), mask=inside)
+    tl.store(codes + offsets, code.to(tl.uint8), mask=inside)
 
 
 def unpack_codes(packed: Tensor, bits: int, in_features: int) -> Tensor:
     """Codes (N, K) of packed rows (N, bytes): the inverse of `pack_codes`."""
-    return _unpack(packed, bits, in_features, torch.uint8, offset=0)
-
-
-def prepare_weight(packed: Tensor, bits: int, in_features: int) -> Tensor:
-    """Codes (N, K) less half their range, as int8."""
-    return _unpack(packed, bits, in_features, torch.int8, offset=2 ** (bits - 1))
-
-
-def _unpack(
-    packed: Tensor, bits: int, in_features: int, dtype: torch.dtype, *, offset: int
-) -> Tensor:
     packed = packed.contiguous()
-    codes = packed.new_empty(packed.shape[0], in_features, dtype=dtype)
+    codes = packed.new_empty(packed.shape[0], in_features)
     if codes.numel() == 0:
         return codes
     blocks = triton.cdiv(in_features, BLOCK["BLOCK_WIDTH"])
@@ -68,7 +56,6 @@ def _unpack(
             in_features,
             packed.shape[1],
             BITS=bits,
-            OFFSET=offset,
             **BLOCK,
             **OPTIONS,
         )

@@ -1,0 +1,271 @@
+"""A whole transformer block on a CPU with int8 units: straight from layer to layer.
+
+The arithmetic is that of `layer_norm_quantize`, `linear_quantize`, `attention` and `linear` one
+after another, to the last bit. What is saved is everything around it: checks, views, memory and
+parameters are worked out once, which is half of the time of a small model.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._C._nn import gelu as _gelu
+
+from qtool.engine.cpu import exact, native
+from qtool.engine.cpu.linear import packed_layer
+
+BLOCK_SCORES = 1 << 19
+MOST_TOKENS = 16384  # so many products of codes fit int32, as in `contracts.MAX_TERMS`
+MOST_DEPTH = 1024  # what `native.c` holds of a row
+
+
+class Layer(NamedTuple):
+    """A linear layer and the quantizer of its input; arguments of `qtool.engine.ops.linear`."""
+
+    weight: Tensor
+    weight_scale: Tensor
+    weight_zero: Tensor
+    bias: Tensor | None
+    weight_bits: int
+    in_features: int
+    scale: Tensor
+    zero: Tensor
+    table: Tensor | None
+    bits: int
+
+
+class Norm(NamedTuple):
+    """A LayerNorm."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
+class Operand(NamedTuple):
+    """The quantizer of an operand of attention; without a zero point powers of two."""
+
+    scale: Tensor
+    zero: Tensor | None
+    table: Tensor | None
+    bits: int
+
+
+class Block(NamedTuple):
+    """Parameters of `x + attention(norm(x))` followed by `x + perceptron(norm(x))`.
+
+    Attributes:
+        norms: Before attention and before the perceptron.
+        qkv: To queries, keys and values.
+        projected: Scales of the three as they leave `qkv`, (3,); queries come unscaled.
+        operands: Queries, keys and values as attention takes them.
+        probability: Probabilities.
+        proj: After attention.
+        fc1: Before GELU.
+        fc2: After GELU.
+        heads: Attention heads.
+    """
+
+    norms: tuple[Norm, Norm]
+    qkv: Layer
+    projected: Tensor
+    operands: tuple[Operand, Operand, Operand]
+    probability: Operand
+    proj: Layer
+    fc1: Layer
+    fc2: Layer
+    heads: int
+
+
+class _Room:
+    """Memory that the blocks of a model share while one call runs, for one shape of input.
+
+    Args:
+        batch: Pictures.
+        tokens: Tokens of a picture.
+        width: Channels.
+        hidden: Channels of the perceptron.
+        heads: Attention heads.
+    """
+
+    def __init__(self, batch: int, tokens: int, width: int, hidden: int, heads: int) -> None:
+        rows, depth = batch * tokens, width // heads
+        self.codes = torch.empty(rows, width, dtype=torch.uint8)
+        self.wide_codes = torch.empty(rows, hidden, dtype=torch.uint8)
+        flat, wide = self.codes.view(1, 1, rows, width), self.wide_codes.view(1, 1, rows, hidden)
+        self.over_rows = native.walk(flat.shape, flat.stride(), flat.stride())
+        self.over_wide_rows = native.walk(wide.shape, wide.stride(), wide.stride())
+        self.width, self.tokens = width, tokens
+        some = min(batch, max(1, BLOCK_SCORES // (heads * tokens * tokens)))
+        self.parts = exact.blocks(batch, some)
+        matrices = some * heads
+        self.operands = torch.empty(3, matrices, tokens, depth, dtype=torch.uint8)
+        self.scores = torch.empty(matrices, tokens, tokens, dtype=torch.int32)
+        self.p = torch.empty(matrices, tokens, tokens, dtype=torch.float32)
+        self.p_codes = torch.empty(matrices, tokens, tokens, dtype=torch.uint8)
+        self.sums = torch.empty(matrices, tokens, depth, dtype=torch.int32)
+        self.spare = torch.empty(matrices * max(tokens, depth), dtype=torch.int32)
+        self.views = {
+            count: _Views(self, count, heads)
+            for count in {part.stop - part.start for part in self.parts}
+        }
+
+
+class _Views:
+    """Views of the memory of attention for some pictures at once.
+
+    Args:
+        room: The memory.
+        count: Pictures.
+        heads: Attention heads.
+    """
+
+    def __init__(self, room: _Room, count: int, heads: int) -> None:
+        _, _, tokens, depth = room.operands.shape
+        width, self.matrices = room.width, count * heads
+        query, key, value = room.operands[:, : self.matrices].unbind()
+        signed_keys, self.values = key.view(torch.int8), value.view(torch.int8)
+        keys = signed_keys.transpose(1, 2)
+        self.score_products = list(zip(query, keys, room.scores, strict=False))
+        self.value_products = list(zip(room.p_codes, self.values, room.sums, strict=False))
+        self.scores = room.scores[: self.matrices].view(torch.float32)
+        self.p = room.p[: self.matrices]
+        size, by_head = (
+            (count, heads, tokens, depth),
+            (heads * tokens * depth, tokens * depth, depth),
+        )
+        from_qkv, to_codes = (tokens * 3 * width, depth, 3 * width), (tokens * width, depth, width)
+        self.from_qkv = native.walk(size, from_qkv, by_head)
+        self.to_codes = native.walk(size, by_head, to_codes)
+        over = (0, 0, tokens)
+        self.over_scores = native.walk((1, 1, self.matrices * tokens, tokens), over, over)
+
+
+class _Rooms(threading.local):
+    """The memory of every thread that runs a model, for the last few shapes."""
+
+    def __init__(self) -> None:
+        self.of = functools.lru_cache(maxsize=2)(_Room)
+
+
+_rooms = _Rooms()
+
+
+class Program:
+    """A block made ready for this CPU.
+
+    Args:
+        block: Its parameters. What is written to them later is not seen.
+    """
+
+    def __init__(self, block: Block) -> None:
+        self.norms, self.heads = block.norms, block.heads
+        self.width, self.hidden = block.qkv.in_features, block.fc2.in_features
+        layers = (block.qkv, block.proj, block.fc1, block.fc2)
+        self.inputs = [
+            native.quantizer(layer.scale, layer.zero, layer.table, layer.bits) for layer in layers
+        ]
+        found = [
+            packed_layer(
+                *(layer.scale, layer.zero, layer.weight, layer.weight_scale, layer.weight_zero),
+                *(layer.bias, layer.weight_bits, layer.in_features),
+            )
+            for layer in layers
+        ]
+        self.layers = [layer for layer in found if layer is not None]
+        query, key, value = block.operands
+        self.quantizers = [
+            native.quantizer(scale, operand.zero, operand.table, operand.bits, signed=number > 0)
+            for number, (scale, operand) in enumerate(
+                zip(block.projected, block.operands, strict=True)
+            )
+        ]
+        self.operands = (native.Quantizer * 3)(*self.quantizers)
+        self.zeros = [int(operand.zero) for operand in block.operands if operand.zero is not None]
+        p, out = block.probability, block.proj
+        self.probability = native.quantizer(p.scale, p.zero, p.table, p.bits)
+        self.probability_zero = None if p.zero is None else int(p.zero)
+        self.score_scale = float(query.scale * key.scale)
+        self.attended = native.quantizer(
+            *(out.scale, out.zero, out.table, out.bits), factor=float(p.scale * value.scale)
+        )
+        self.possible = len(self.layers) == len(layers)
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether x is what is expected and its sums fit 32 bits."""
+        return (
+            self.possible
+            and x.dim() == 3
+            and x.dtype == torch.float32
+            and x.shape[0] > 0
+            and 1 < x.shape[1] <= MOST_TOKENS
+            and self.width // self.heads <= MOST_DEPTH
+        )
+
+    def run(self, x: Tensor) -> Tensor:
+        """The block, (B, N, C) to (B, N, C)."""
+        batch, tokens, width = x.shape
+        room: _Room = _rooms.of(batch, tokens, width, self.hidden, self.heads)
+        qkv, proj, fc1, fc2 = self.layers
+        threads, lib = torch.get_num_threads(), native.library()
+        codes, wide = room.codes.data_ptr(), room.wide_codes.data_ptr()
+
+        self._norm(x, 0, codes, room, threads)
+        self._attend(qkv.product(room.codes), codes, room, threads)
+        x = x + proj.product(room.codes).view(batch, tokens, width)
+        self._norm(x, 1, codes, room, threads)
+        hidden = fc1.product(room.codes)
+        _gelu(hidden, out=hidden)  # type: ignore[call-arg]
+        lib.qtool_codes(
+            hidden.data_ptr(), wide, room.over_wide_rows, self.inputs[3], 1, 0, 0, threads
+        )
+        return x.add_(fc2.product(room.wide_codes).view(batch, tokens, width))
+
+    def _norm(self, x: Tensor, number: int, codes: int, room: _Room, threads: int) -> None:
+        """Codes of the normalised `x` for the layer behind the first or second norm."""
+        norm = self.norms[number]
+        values = torch.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+        native.library().qtool_codes(
+            values.data_ptr(), codes, room.over_rows, self.inputs[2 * number], 1, 0, 0, threads
+        )
+
+    def _attend(self, qkv: Tensor, codes: int, room: _Room, threads: int) -> None:
+        """Queries, keys and values (B * N, 3 C) to the codes (B * N, C) at an address."""
+        lib, source, spare = native.library(), qkv.data_ptr(), room.spare.data_ptr()
+        tokens, width, depth = room.tokens, self.width, self.width // self.heads
+        operands, step = room.operands.data_ptr(), room.operands.stride(0)
+        keys, values = operands + step, operands + 2 * step
+        scores, p = room.scores.data_ptr(), room.p.data_ptr()
+        p_codes, sums = room.p_codes.data_ptr(), room.sums.data_ptr()
+        query_zero, key_zero, value_zero = self.zeros
+        for some in room.parts:
+            views = room.views[some.stop - some.start]
+            first = source + 4 * some.start * tokens * 3 * width
+            target = codes + some.start * tokens * width
+            lib.qtool_codes(first, operands, views.from_qkv, self.operands, 3, width, step, threads)
+            for query, key, products in views.score_products:
+                torch._int_mm(query, key, out=products)
+            lib.qtool_scores(
+                *(scores, scores, operands, keys, views.matrices, tokens, depth),
+                *(query_zero, key_zero, self.score_scale, spare, threads),
+            )
+            torch.softmax(views.scores, -1, out=views.p)
+            if self.probability_zero is None:
+                lib.qtool_powers(p, views.matrices * tokens, tokens, self.probability, threads)
+                levels = views.values.float().sub_(value_zero - 128)
+                found = torch.bmm(views.p, levels)
+                lib.qtool_codes(
+                    found.data_ptr(), target, views.to_codes, self.attended, 1, 0, 0, threads
+                )
+                continue
+            lib.qtool_codes(p, p_codes, views.over_scores, self.probability, 1, 0, 0, threads)
+            for left, value, products in views.value_products:
+                torch._int_mm(left, value, out=products)
+            lib.qtool_attended(
+                *(sums, target, p_codes, values, views.to_codes),
+                *(self.probability_zero, value_zero, self.attended, spare, threads),
+            )

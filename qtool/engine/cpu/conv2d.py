@@ -1,0 +1,147 @@
+"""Fast CPU versions of convolutions: oneDNN on int8 units, else float32 whose sums stay exact."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qtool.engine.cpu import exact
+from qtool.engine.cpu.exact import EXACT_SUM, blocks
+from qtool.engine.cpu.linear import both_scales, float_levels, int8_levels, no_zeros
+from qtool.engine.resident import derived
+
+
+def conv2d(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero: Tensor,
+    bias: Tensor | None,
+    weight_bits: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Integer convolution; see `qtool.engine.ops.conv2d`."""
+    depth = x.shape[1] // groups
+    if exact.has_int8_units() and x.numel() and len(weight):
+        geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
+        packing = _packing(weight_bits, (len(weight), depth, *kernel), *geometry)
+        if (packed := derived(packing, weight, weight_zero, x_zero)) is not None:
+            scale = derived(both_scales, weight_scale, x_scale)
+            x = x.contiguous(memory_format=_dense_layout(x))
+            bias = None if bias is None else bias.contiguous()
+            return _product(x, int(x_zero), packed, scale, bias, *geometry)
+    levels = derived(float_levels(weight_bits, depth * math.prod(kernel)), weight, weight_zero).t()
+    codes = x.float().sub_(x_zero.reshape(()))
+    step = _exact_depth(codes, levels, depth)
+    if step == 0:
+        codes, levels, step = codes.double(), levels.double(), depth
+    levels = levels.view(len(levels), depth, *kernel)
+    codes = codes.unflatten(1, (groups, depth))
+    parts = (
+        F.conv2d(
+            codes[:, :, channels].flatten(1, 2),
+            levels[:, channels],
+            stride=tuple(stride),
+            padding=tuple(padding),
+            dilation=tuple(dilation),
+            groups=groups,
+        )
+        for channels in blocks(depth, step)
+    )
+    sums = next(parts)
+    for part in parts:
+        sums = sums.double() + part
+    y = sums.float().contiguous().mul_((x_scale * weight_scale).view(-1, 1, 1))
+    return y if bias is None else y.add_(bias.view(-1, 1, 1))
+
+
+def _dense_layout(x: Tensor) -> torch.memory_format:
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _product(
+    x: Tensor,
+    x_zero: int,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """One oneDNN convolution. Scales go in as one, for the reason told in `linear.Packed`."""
+    y: Tensor = torch.ops.onednn.qconv2d_pointwise(
+        x,
+        1.0,
+        x_zero,
+        packed,
+        scale,
+        no_zeros(len(scale)),
+        bias,
+        stride,
+        padding,
+        dilation,
+        groups,
+        1.0,
+        0,
+        torch.float32,
+        "none",
+        [],
+        "",
+    )
+    return y
+
+
+@functools.cache
+def _packing(
+    bits: int,
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Callable[[Tensor, Tensor, Tensor], Tensor | None]:
+    """Lays weights of a shape out for oneDNN; levels beyond int8 take another way."""
+
+    def pack(weight: Tensor, weight_zero: Tensor, x_zero: Tensor) -> Tensor | None:
+        levels = int8_levels(weight, weight_zero, bits, math.prod(shape[1:]))
+        if levels is None:
+            return None
+        scales = torch.ones(shape[0])
+        packed: Tensor = torch.ops.onednn.qconv_prepack(
+            levels.view(shape), scales, 1.0, int(x_zero), stride, padding, dilation, groups
+        )
+        return packed
+
+    return pack
+
+
+def _exact_depth(codes: Tensor, levels: Tensor, depth: int) -> int:
+    """How many channels may be summed at once so that every sum stays an exact float32.
+
+    Args:
+        codes: Integer-valued activations, any shape.
+        levels: Integer-valued weights (N, depth * kernel area).
+        depth: Channels of a group.
+    """
+    if not codes.numel() or not levels.numel():
+        return depth
+    low, high = codes.aminmax()
+    reach = max(-float(low), float(high))
+    if float(levels.abs().sum(dim=1).amax()) * reach <= EXACT_SUM:
+        return depth
+    area = levels.shape[1] // depth
+    return int((EXACT_SUM) // (float(levels.abs().amax()) * reach * area))

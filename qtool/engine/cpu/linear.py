@@ -1,0 +1,319 @@
+"""Fast CPU versions of linear layers.
+
+With int8 units a layer whose parameters are per tensor runs as one oneDNN product that applies
+scales and bias while its sums are in registers; its weights are laid out for that once. Other
+layers take `torch._int_mm` in blocks of rows, or float32 whose sums stay exact where
+`torch._int_mm` is a plain loop.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qtool.engine.cpu import codes as quantizers
+from qtool.engine.cpu import exact
+from qtool.engine.cpu.packing import unpack_codes
+from qtool.engine.resident import derived
+
+BLOCK_ROWS = 256
+INT8 = torch.iinfo(torch.int8)
+
+
+def linear(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero: Tensor,
+    bias: Tensor | None,
+    weight_bits: int,
+    in_features: int,
+) -> Tensor:
+    """Integer linear layer; see `qtool.engine.ops.linear`."""
+    codes = x.reshape(math.prod(x.shape[:-1]), in_features).contiguous()
+    bias = None if bias is None else bias.contiguous()
+    shared = (weight, weight_scale, weight_zero, bias, weight_bits, in_features)
+    if (packed := packed_layer(x_scale, x_zero, *shared)) is not None:
+        y = packed.product(codes)
+    else:
+        y = _scaled(codes, x_scale, x_zero, *shared)
+    return y.view(*x.shape[:-1], len(weight))
+
+
+def linear_quantize(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero: Tensor,
+    bias: Tensor | None,
+    weight_bits: int,
+    in_features: int,
+    activation: str,
+    out_scale: Tensor,
+    out_zero: Tensor,
+    out_table: Tensor | None,
+    out_bits: int,
+) -> Tensor:
+    """Integer linear layer that ends in codes; see `qtool.engine.ops.linear_quantize`."""
+    groups = len(out_scale)
+    y = linear(
+        x, x_scale, x_zero, weight, weight_scale, weight_zero, bias, weight_bits, in_features
+    )
+    if activation == "gelu":
+        y = F.gelu(y)
+    if groups == 1:
+        return quantizers.quantize(y, out_scale, out_zero, out_table, out_bits)
+    rows, width = math.prod(x.shape[:-1]), len(weight) // groups
+    parts = y.view(rows, groups, width)
+    out = torch.empty(groups, 1, 1, rows, width, dtype=torch.uint8)
+    tables = [None] * groups if out_table is None else out_table.unbind()
+    quantizers_of = zip(out_scale, out_zero, tables, strict=True)
+    for group, (scale, zero, table) in enumerate(quantizers_of):
+        part = parts[None, None, :, group]
+        quantizers.quantize_into(out[group], part, scale, zero, table, out_bits)
+    return out.view(groups, *x.shape[:-1], width)
+
+
+class Packed(NamedTuple):
+    """A layer as oneDNN takes it.
+
+    Attributes:
+        weight: Levels in oneDNN's own layout.
+        scale: Scale of the input times that of each channel, (N,). Given apart, oneDNN multiplies
+            by one after the other for some shapes, which rounds otherwise.
+        weight_zero: Zeros, (N,): levels have none.
+        bias: (N,) or None.
+        zero: Zero point of the input codes.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    weight_zero: Tensor
+    bias: Tensor | None
+    zero: int
+
+    def product(self, codes: Tensor) -> Tensor:
+        """The layer on codes (M, K), float32 (M, N)."""
+        y: Tensor = torch.ops.onednn.qlinear_pointwise(
+            codes,
+            1.0,
+            self.zero,
+            self.weight,
+            self.scale,
+            self.weight_zero,
+            self.bias,
+            1.0,
+            0,
+            torch.float32,
+            "none",
+            [],
+            "",
+        )
+        return y
+
+
+def packed_layer(
+    x_scale: Tensor,
+    x_zero: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero: Tensor,
+    bias: Tensor | None,
+    weight_bits: int,
+    in_features: int,
+) -> Packed | None:
+    """A layer laid out for oneDNN, or None where it takes another way."""
+    packed = _packed(x_scale, x_zero, weight, weight_zero, weight_bits, in_features)
+    if packed is None:
+        return None
+    scale = derived(both_scales, weight_scale, x_scale)
+    return Packed(packed, scale, no_zeros(len(scale)), bias, int(x_zero))
+
+
+def both_scales(weight_scale: Tensor, x_scale: Tensor) -> Tensor:
+    """What sums are multiplied by, (N,)."""
+    return x_scale.reshape(1) * weight_scale
+
+
+@functools.cache
+def no_zeros(channels: int) -> Tensor:
+    """Zero points of levels, int32 (N,)."""
+    return torch.zeros(channels, dtype=torch.int32)
+
+
+def _packed(
+    x_scale: Tensor,
+    x_zero: Tensor,
+    weight: Tensor,
+    weight_zero: Tensor,
+    weight_bits: int,
+    in_features: int,
+) -> Tensor | None:
+    """The weight as oneDNN wants it, or None where the layer takes another way."""
+    if not exact.has_int8_units() or x_scale.numel() != 1 or x_zero.numel() != 1:
+        return None
+    return derived(_packing(weight_bits, in_features), weight, weight_zero)
+
+
+@functools.cache
+def _packing(bits: int, in_features: int) -> Callable[[Tensor, Tensor], Tensor | None]:
+    def pack(weight: Tensor, weight_zero: Tensor) -> Tensor | None:
+        levels = int8_levels(weight, weight_zero, bits, in_features)
+        if levels is None:
+            return None
+        packed: Tensor = torch.ops.onednn.qlinear_prepack(levels, None)
+        return packed
+
+    return pack
+
+
+def int8_levels(weight: Tensor, weight_zero: Tensor, bits: int, in_features: int) -> Tensor | None:
+    """Weight codes less their zero points as int8 (N, K), or None where they reach beyond."""
+    levels = _levels(weight, weight_zero, bits, in_features)
+    if not levels.numel() or levels.min() < INT8.min or levels.max() > INT8.max:
+        return None
+    return levels.to(torch.int8)
+
+
+def _levels(weight: Tensor, weight_zero: Tensor, bits: int, in_features: int) -> Tensor:
+    """Weight codes less their zero points, int16 (N, K)."""
+    codes = unpack_codes(weight, bits, in_features).to(torch.int16)
+    return codes.sub_(weight_zero.to(torch.int16).unsqueeze(1))
+
+
+@functools.cache
+def float_levels(bits: int, in_features: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """Weight levels (K, N) in float32, from packed rows and zero points."""
+
+    def levels(weight: Tensor, weight_zero: Tensor) -> Tensor:
+        return _levels(weight, weight_zero, bits, in_features).float().t()
+
+    return levels
+
+
+@functools.cache
+def _centred(bits: int, in_features: int) -> Callable[[Tensor], Tensor]:
+    def centred(weight: Tensor) -> Tensor:
+        return unpack_codes(weight, bits, in_features).sub_(2 ** (bits - 1)).view(torch.int8)
+
+    return centred
+
+
+def _scaled(
+    codes: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero: Tensor,
+    bias: Tensor | None,
+    weight_bits: int,
+    in_features: int,
+) -> Tensor:
+    """The layer in blocks of rows, (M, K) to (M, N), with sums from `_int8_sums` or float32."""
+    x_zero = x_zero.reshape(-1, 1)
+    if exact.has_int8_units():
+        centred = derived(_centred(weight_bits, in_features), weight)
+        sums = _int8_sums(codes, x_zero, centred, weight_zero - 2 ** (weight_bits - 1))
+    else:
+        levels = derived(float_levels(weight_bits, in_features), weight, weight_zero)
+        sums = _float_sums(codes, x_zero, levels, 2**weight_bits - 1)
+    return _in_blocks(sums, len(codes), x_scale.reshape(-1, 1), weight_scale, bias)
+
+
+def _in_blocks(
+    sums_of: Callable[[slice], Tensor],
+    length: int,
+    x_scale: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """Sums of all rows times both scales, plus bias, (length, N), in blocks that fit the cache."""
+    y = weight_scale.new_empty(length, len(weight_scale))
+    for rows in exact.blocks(length, BLOCK_ROWS):
+        y[rows].copy_(sums_of(rows)).mul_(exact.some_rows(x_scale, rows) * weight_scale)
+        if bias is not None:
+            y[rows] += bias
+    return y
+
+
+def _int8_sums(
+    codes: Tensor, x_zero: Tensor, weight: Tensor, centre: Tensor
+) -> Callable[[slice], Tensor]:
+    """Sums of some rows: the product of codes as they are, then what the zero points take away."""
+    columns = weight.t()
+    in_features = codes.shape[1]
+    symmetric = not centre.any()
+    row_of_ones = codes.new_ones(1, in_features)
+    column_of_ones = weight.new_ones(in_features, 1)
+    weight_sums = torch._int_mm(row_of_ones, columns) - in_features * centre
+
+    def sums(rows: slice) -> Tensor:
+        found = torch._int_mm(codes[rows], columns)
+        if not symmetric:
+            code_sums = torch._int_mm(codes[rows], column_of_ones)
+            found.addr_(code_sums.view(-1), centre, alpha=-1)
+        return found.sub_(exact.some_rows(x_zero, rows) * weight_sums)
+
+    return sums
+
+
+def _float_sums(
+    codes: Tensor, x_zero: Tensor, levels: Tensor, top: int
+) -> Callable[[slice], Tensor]:
+    """The same without int8 units: products of levels (K, N) of magnitude `top`, as float32."""
+    reach = exact.reach(x_zero, 255) * top
+
+    def sums(rows: slice) -> Tensor:
+        left = codes[rows].float() - exact.some_rows(x_zero, rows)
+        return exact.float_sums(left, levels, reach=reach)
+
+    return sums
+
+
+def linear_nested(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+) -> Tensor:
+    """Linear layer with the leading bits of its weight; see `qtool.engine.ops.linear_nested`."""
+    shifted = weight >> (8 - bits)
+    x_zero = x_zero.reshape(-1, 1)
+    codes = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    if exact.has_int8_units():
+        sums = _int8_level_sums(codes, x_zero, shifted)
+    else:
+        levels = shifted.float().mul_(2.0).add_(1.0).t()
+        sums = _float_sums(codes, x_zero, levels, 2**bits - 1)
+    y = _in_blocks(sums, len(codes), x_scale.reshape(-1, 1), weight_scale, bias)
+    return y.view(*x.shape[:-1], len(weight))
+
+
+def _int8_level_sums(codes: Tensor, x_zero: Tensor, shifted: Tensor) -> Callable[[slice], Tensor]:
+    """Sums of some rows with the levels 2 h + 1: twice the product with h, and sums of codes."""
+    columns = shifted.t()
+    in_features = codes.shape[1]
+    row_of_ones = codes.new_ones(1, in_features)
+    column_of_ones = shifted.new_ones(in_features, 1)
+    level_sums = 2 * torch._int_mm(row_of_ones, columns) + in_features
+
+    def sums(rows: slice) -> Tensor:
+        found = torch._int_mm(codes[rows], columns).mul_(2)
+        found += torch._int_mm(codes[rows], column_of_ones)
+        return found.sub_(exact.some_rows(x_zero, rows) * level_sums)
+
+    return sums

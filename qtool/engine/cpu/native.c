@@ -1,0 +1,328 @@
+/* Quantizing in one pass over memory.
+ *
+ * Tensors have four dimensions, the last one contiguous in both; strides count elements. Codes are
+ * those of qtool.engine.ops.quantize_uniform and quantize_table, bit for bit:
+ * clamp(round_half_even(x / scale) + zero, 0, top) with an IEEE division.
+ *
+ * Plain C that any compiler turns into vector code; with AVX-512 VBMI, four bytes of a table lie in
+ * each of 64 lanes, so that 64 lookups take a handful of instructions. Which version runs is decided
+ * when the library is loaded.
+ */
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define X86 1
+#define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define X86 0
+#define CLONES
+#endif
+
+#define FEW 32768 /* elements below which a second thread costs more than it saves */
+#define RUN 64     /* rows that a thread takes at once */
+#define CHUNK 1024 /* values of a row that the stack holds */
+
+/* Four dimensions: their sizes, and the strides of the first three in source and target. */
+typedef struct {
+    int64_t size[4];
+    int64_t from[3];
+    int64_t to[3];
+} Walk;
+
+/* Values are multiplied by `factor` first. Powers of two have neither zero point nor table. With
+ * `flip` 128 instead of 0 codes are signed, less 128. */
+typedef struct {
+    float factor, scale, zero, top;
+    const uint8_t *table;
+    int32_t powers, flip;
+} Quantizer;
+
+typedef void (*CodesOfRow)(const float *x, uint8_t *out, int64_t length, const Quantizer *quantizer);
+
+CLONES
+static void codes_plain(const float *restrict x, uint8_t *restrict out, int64_t length,
+                        const Quantizer *quantizer)
+{
+    const float factor = quantizer->factor, scale = quantizer->scale;
+    const float zero = quantizer->zero, top = quantizer->top;
+    for (int64_t i = 0; i < length; i++) {
+        float code = rintf(x[i] * factor / scale) + zero;
+        code = code > 0.0f ? code : 0.0f;
+        code = code < top ? code : top;
+        out[i] = (uint8_t)(int32_t)code;
+    }
+    if (quantizer->table)
+        for (int64_t i = 0; i < length; i++)
+            out[i] = quantizer->table[out[i]];
+    if (quantizer->flip)
+        for (int64_t i = 0; i < length; i++)
+            out[i] ^= 128;
+}
+
+#if X86
+#define VBMI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi")))
+
+/* Sixteen codes. The product with 1 / scale rounds to the same integer as the quotient unless it
+ * lies within their common error of a half; only then is the division made. */
+VBMI static inline __m128i sixteen_codes(__m512 x, __m512 scale, __m512 inverse, __m512 zero,
+                                         __m512 top)
+{
+    const __m512 half = _mm512_set1_ps(0.5f), slack = _mm512_set1_ps(5e-7f);
+    __m512 ratio = _mm512_mul_ps(x, inverse);
+    __m512 level = _mm512_roundscale_ps(ratio, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m512 distance = _mm512_abs_ps(_mm512_sub_ps(ratio, level));
+    __m512 bound = _mm512_fnmadd_ps(_mm512_abs_ps(ratio), slack, half);
+    if (_mm512_cmp_ps_mask(distance, bound, _CMP_NLT_UQ)) {
+        ratio = _mm512_div_ps(x, scale);
+        level = _mm512_roundscale_ps(ratio, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    }
+    level = _mm512_max_ps(_mm512_add_ps(level, zero), _mm512_setzero_ps());
+    return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_min_ps(level, top)));
+}
+
+VBMI static void codes_vbmi(const float *restrict x, uint8_t *restrict out, int64_t length,
+                            const Quantizer *quantizer)
+{
+    const uint8_t *table = quantizer->table;
+    const __m512 scale = _mm512_set1_ps(quantizer->scale);
+    const __m512 inverse = _mm512_set1_ps(1.0f / quantizer->scale);
+    const __m512 zero = _mm512_set1_ps(quantizer->zero), top = _mm512_set1_ps(quantizer->top);
+    const __m512 factor = _mm512_set1_ps(quantizer->factor);
+    const __m512i flip = _mm512_set1_epi8((char)quantizer->flip);
+    __m512i quarter[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(),
+                          _mm512_setzero_si512()};
+    for (int part = 0; table && part < 4; part++)
+        quarter[part] = _mm512_loadu_si512(table + 64 * part);
+    for (int64_t i = 0; i < length; i += 64) {
+        const int64_t left = length - i < 64 ? length - i : 64;
+        const __mmask64 inside = left == 64 ? ~0ULL : (1ULL << left) - 1;
+        __m128i found[4];
+        for (int part = 0; part < 4; part++) {
+            __mmask16 some = (__mmask16)(inside >> 16 * part);
+            __m512 values = _mm512_maskz_loadu_ps(some, x + i + 16 * part);
+            found[part] = sixteen_codes(_mm512_mul_ps(values, factor), scale, inverse, zero, top);
+        }
+        __m512i codes = _mm512_castsi128_si512(found[0]);
+        codes = _mm512_inserti32x4(codes, found[1], 1);
+        codes = _mm512_inserti32x4(codes, found[2], 2);
+        codes = _mm512_inserti32x4(codes, found[3], 3);
+        if (table) {
+            __m512i low = _mm512_permutex2var_epi8(quarter[0], codes, quarter[1]);
+            __m512i high = _mm512_permutex2var_epi8(quarter[2], codes, quarter[3]);
+            codes = _mm512_mask_blend_epi8(_mm512_movepi8_mask(codes), low, high);
+        }
+        codes = _mm512_xor_si512(codes, flip);
+        _mm512_mask_storeu_epi8(out + i, inside, codes);
+    }
+}
+#endif
+
+static CodesOfRow codes_of_row(void)
+{
+#if X86
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi"))
+        return codes_vbmi;
+#endif
+    return codes_plain;
+}
+
+CLONES
+static void widen_row(const uint8_t *restrict codes, float *restrict out, int64_t length,
+                      float zero)
+{
+    for (int64_t i = 0; i < length; i++)
+        out[i] = (float)codes[i] - zero;
+}
+
+/* The power of two that a log2 code stands for: the exponent field of the quotient, with a carry
+ * above sqrt(1/2); 0 from code `top` on. */
+CLONES
+static void powers_of_row(const float *x, float *out, int64_t length, const Quantizer *quantizer)
+{
+    const float last = quantizer->top - 1.0f < 126.0f ? quantizer->top - 1.0f : 126.0f;
+    const int32_t least = (127 - (int32_t)last) << 23, one = 127 << 23;
+    const float factor = quantizer->factor, scale = quantizer->scale;
+    for (int64_t i = 0; i < length; i++) {
+        union {
+            float value;
+            int32_t bits;
+        } power = {x[i] * factor / scale};
+        int32_t field = (power.bits + (0x800000 - 0x3504F4)) & ~0x7FFFFF;
+        field = field < one ? field : one;
+        power.bits = field < least ? 0 : field;
+        out[i] = power.value;
+    }
+}
+
+static inline int64_t rows_of(const Walk *walk)
+{
+    return walk->size[0] * walk->size[1] * walk->size[2];
+}
+
+/* Goes over the rows of a walk: where one begins in source and target. */
+typedef struct {
+    int64_t index[3];
+    int64_t from, to;
+} Place;
+
+static inline Place place_of(const Walk *walk, int64_t row)
+{
+    const int64_t third = row % walk->size[2], others = row / walk->size[2];
+    const int64_t second = others % walk->size[1], first = others / walk->size[1];
+    return (Place){{first, second, third},
+                   first * walk->from[0] + second * walk->from[1] + third * walk->from[2],
+                   first * walk->to[0] + second * walk->to[1] + third * walk->to[2]};
+}
+
+static inline void step(const Walk *walk, Place *place)
+{
+    for (int axis = 2; axis >= 0; axis--) {
+        place->from += walk->from[axis];
+        place->to += walk->to[axis];
+        if (++place->index[axis] < walk->size[axis] || axis == 0)
+            return;
+        place->from -= walk->size[axis] * walk->from[axis];
+        place->to -= walk->size[axis] * walk->to[axis];
+        place->index[axis] = 0;
+    }
+}
+
+/* Rows are handed to threads in runs, so that places are worked out once a run. */
+static inline int64_t run_length(int64_t rows, int threads)
+{
+    const int64_t even = (rows + threads - 1) / threads;
+    return even < RUN ? even : RUN;
+}
+
+/* Codes of float32 values. There are `count` quantizers, and as many parts of source and target, so
+ * many elements apart. */
+void qtool_codes(const float *x, uint8_t *out, const Walk *walk, const Quantizer *quantizers,
+                 int64_t count, int64_t from_step, int64_t to_step, int threads)
+{
+    const CodesOfRow one = codes_of_row();
+    const int64_t rows = rows_of(walk), length = walk->size[3];
+    const int64_t run = run_length(rows, threads), runs = rows ? (rows + run - 1) / run : 0;
+#pragma omp parallel for num_threads(threads) if (count * rows * length >= FEW)
+    for (int64_t number = 0; number < count * runs; number++) {
+        const int64_t part = number / runs, first = number % runs * run;
+        Place place = place_of(walk, first);
+        for (int64_t row = first; row < rows && row < first + run; row++, step(walk, &place))
+            one(x + part * from_step + place.from, out + part * to_step + place.to, length,
+                quantizers + part);
+    }
+}
+
+/* Powers of two of float32 values, in place. */
+void qtool_powers(float *x, int64_t rows, int64_t length, const Quantizer *quantizer, int threads)
+{
+#pragma omp parallel for num_threads(threads) if (rows * length >= FEW)
+    for (int64_t row = 0; row < rows; row++)
+        powers_of_row(x + row * length, x + row * length, length, quantizer);
+}
+
+CLONES
+static void scores_of_row(const int32_t *restrict products, float *restrict out,
+                          const int32_t *restrict columns, int64_t length, int32_t row, float scale)
+{
+    for (int64_t i = 0; i < length; i++)
+        out[i] = (float)(products[i] + columns[i] + row) * scale;
+}
+
+CLONES
+static int32_t sum_unsigned(const uint8_t *codes, int64_t length)
+{
+    int32_t sum = 0;
+    for (int64_t i = 0; i < length; i++)
+        sum += codes[i];
+    return sum;
+}
+
+CLONES
+static int32_t sum_signed(const int8_t *codes, int64_t length)
+{
+    int32_t sum = 0;
+    for (int64_t i = 0; i < length; i++)
+        sum += codes[i];
+    return sum;
+}
+
+CLONES
+static void add_signed(int32_t *restrict sums, const int8_t *restrict codes, int64_t length)
+{
+    for (int64_t i = 0; i < length; i++)
+        sums[i] += codes[i];
+}
+
+/* Scores of attention from the products of codes: what zero points take away, times a scale.
+ * Queries are unsigned codes, keys codes less 128; matrices of a head follow one another. `spare`
+ * holds `heads * tokens` numbers. */
+void qtool_scores(const int32_t *products, float *out, const uint8_t *queries, const int8_t *keys,
+                  int64_t heads, int64_t tokens, int64_t width, int32_t query_zero,
+                  int32_t key_zero, float scale, int32_t *spare, int threads)
+{
+    const int32_t shift = 128 - key_zero;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for
+        for (int64_t row = 0; row < heads * tokens; row++)
+            spare[row] = -query_zero * sum_signed(keys + row * width, width);
+#pragma omp for
+        for (int64_t row = 0; row < heads * tokens; row++) {
+            const int32_t queried = sum_unsigned(queries + row * width, width);
+            scores_of_row(products + row * tokens, out + row * tokens,
+                          spare + row / tokens * tokens, tokens,
+                          shift * (queried - (int32_t)width * query_zero), scale);
+        }
+    }
+}
+
+/* Codes of attended values from the products of codes. Probabilities are unsigned codes, values
+ * codes less 128; `spare` holds `heads * width` numbers, and rows are at most CHUNK wide. */
+void qtool_attended(const int32_t *products, uint8_t *out, const uint8_t *probabilities,
+                    const int8_t *values, const Walk *walk, int32_t probability_zero,
+                    int32_t value_zero, const Quantizer *quantizer, int32_t *spare, int threads)
+{
+    const CodesOfRow one = codes_of_row();
+    const int64_t rows = rows_of(walk), tokens = walk->size[2], width = walk->size[3];
+    const int32_t shift = 128 - value_zero;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for
+        for (int64_t head = 0; head < rows / tokens; head++) {
+            int32_t *sums = spare + head * width;
+            for (int64_t i = 0; i < width; i++)
+                sums[i] = 0;
+            if (probability_zero)
+                for (int64_t token = 0; token < tokens; token++)
+                    add_signed(sums, values + (head * tokens + token) * width, width);
+            for (int64_t i = 0; i < width; i++)
+                sums[i] *= -probability_zero;
+        }
+#pragma omp for
+        for (int64_t row = 0; row < rows; row++) {
+            float attended[CHUNK];
+            const int32_t sum = sum_unsigned(probabilities + row * tokens, tokens);
+            scores_of_row(products + row * width, attended, spare + row / tokens * width, width,
+                          shift * (sum - (int32_t)tokens * probability_zero), 1.0f);
+            one(attended, out + place_of(walk, row).to, width, quantizer);
+        }
+    }
+}
+
+/* Codes less a zero point. */
+void qtool_widen(const uint8_t *codes, float *out, const Walk *walk, float zero, int threads)
+{
+    const int64_t rows = rows_of(walk), length = walk->size[3];
+    const int64_t run = run_length(rows, threads), runs = rows ? (rows + run - 1) / run : 0;
+#pragma omp parallel for num_threads(threads) if (rows * length >= FEW)
+    for (int64_t number = 0; number < runs; number++) {
+        const int64_t first = number * run;
+        Place place = place_of(walk, first);
+        for (int64_t row = first; row < rows && row < first + run; row++, step(walk, &place))
+            widen_row(codes + place.from, out + place.to, length, zero);
+    }
+}

@@ -1,0 +1,135 @@
+"""The compiled passes of `native.c`, where the installation could build them.
+
+They are optional: without a C compiler at install time `library()` is None, and the same codes come
+out of PyTorch in more passes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = Path(__file__).with_name("_native.so")
+
+
+class Walk(ctypes.Structure):
+    """Sizes of four dimensions, and the strides of the first three in source and target."""
+
+    _fields_ = (
+        ("size", ctypes.c_int64 * 4),
+        ("source", ctypes.c_int64 * 3),
+        ("target", ctypes.c_int64 * 3),
+    )
+
+
+class Quantizer(ctypes.Structure):
+    """A per-tensor quantizer of values that are multiplied by `factor` first."""
+
+    _fields_ = (
+        ("factor", ctypes.c_float),
+        ("scale", ctypes.c_float),
+        ("zero", ctypes.c_float),
+        ("top", ctypes.c_float),
+        ("table", ctypes.c_void_p),
+        ("powers", ctypes.c_int32),
+        ("flip", ctypes.c_int32),
+    )
+    kept: Tensor | None = None
+
+
+@functools.cache
+def library() -> Any:  # noqa: ANN401  (a CDLL, or None)
+    """The library, or None; PyTorch is loaded before it, so that both share one pool of threads."""
+    try:
+        found = ctypes.CDLL(str(LIBRARY))  # its functions return nothing of interest
+        pointer, step, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        real, go, how = ctypes.c_float, ctypes.POINTER(Walk), ctypes.POINTER(Quantizer)
+        found.qtool_codes.argtypes = (*(pointer, pointer, go, how), *(step, step, step, number))
+        found.qtool_powers.argtypes = (pointer, step, step, how, number)
+        found.qtool_widen.argtypes = (pointer, pointer, go, real, number)
+        found.qtool_scores.argtypes = (
+            *(pointer, pointer, pointer, pointer, step, step, step),
+            *(number, number, real, pointer, number),
+        )
+        found.qtool_attended.argtypes = (
+            *(pointer, pointer, pointer, pointer, go),
+            *(number, number, how, pointer, number),
+        )
+    except (OSError, AttributeError):
+        return None
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
+def walk(size: tuple[int, ...], source: tuple[int, ...], target: tuple[int, ...]) -> Walk:
+    """How to go over two tensors of four dimensions, the last of which is contiguous in both.
+
+    Args:
+        size: Their shape.
+        source: Strides of what is read.
+        target: Strides of what is written.
+    """
+    return Walk(size, source[:3], target[:3])
+
+
+def quantizer(
+    scale: Tensor,
+    zero: Tensor | None,
+    table: Tensor | None,
+    bits: int,
+    *,
+    factor: float = 1.0,
+    signed: bool = False,
+) -> Quantizer:
+    """A quantizer from its parameters.
+
+    Args:
+        scale: One element.
+        zero: One element, or None for powers of two.
+        table: uint8 (256,), or None.
+        bits: Width of a code; unused with a table.
+        factor: What values are multiplied by first.
+        signed: Make codes less 128.
+    """
+    table = None if table is None else table.contiguous()
+    found = Quantizer(
+        factor,
+        float(scale),
+        0.0 if zero is None else float(zero),
+        255.0 if table is not None else 2.0**bits - 1,
+        None if table is None else table.data_ptr(),
+        zero is None,
+        128 if signed else 0,
+    )
+    found.kept = table  # as long as its address is in use
+    return found
+
+
+def codes(x: Tensor, out: Tensor, how: Quantizer) -> None:
+    """Write the codes of `x` into `out`.
+
+    Args:
+        x: float32 of four dimensions, the last one contiguous.
+        out: uint8 in the same shape, the last dimension contiguous.
+        how: The quantizer.
+    """
+    go = walk(x.shape, x.stride(), out.stride())
+    threads = torch.get_num_threads()
+    library().qtool_codes(x.data_ptr(), out.data_ptr(), go, how, 1, 0, 0, threads)
+
+
+def widen(source: Tensor, out: Tensor, zero: float) -> None:
+    """Write codes less their zero point into `out`.
+
+    Args:
+        source: uint8 of four dimensions, the last one contiguous.
+        out: float32 in the same shape, the last dimension contiguous.
+        zero: The zero point.
+    """
+    go = walk(source.shape, source.stride(), out.stride())
+    library().qtool_widen(source.data_ptr(), out.data_ptr(), go, zero, torch.get_num_threads())

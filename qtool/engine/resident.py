@@ -1,0 +1,48 @@
+"""What is worked out once from a stored tensor and kept as long as it lives.
+
+Weights stay packed in the model; in what form a backend multiplies them best is its own affair. A
+tensor that was written to since counts as another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+Form = TypeVar("Form")
+
+
+class _Kept(NamedTuple):
+    """A derived form, with the other tensors it came from and the state they all were in."""
+
+    others: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+    form: Any
+
+
+_kept = WeakTensorKeyDictionary()
+
+
+def derived(make: Callable[..., Form], source: Tensor, *others: Tensor) -> Form:
+    """`make(source, *others)`, from memory if nothing changed since it was made.
+
+    Tensors made under `torch.inference_mode` count no changes and are not remembered.
+    """
+    if source.is_inference() or any(other.is_inference() for other in others):
+        return make(source, *others)
+    versions = (source._version, *(other._version for other in others))
+    forms = _kept.get(source)
+    if forms is None:
+        forms = _kept[source] = {}
+    kept = forms.get(make)
+    if (
+        kept is None
+        or kept.versions != versions
+        or any(one is not other for one, other in zip(kept.others, others, strict=True))
+    ):
+        kept = forms[make] = _Kept(others, versions, make(source, *others))
+    form: Form = kept.form
+    return form
