@@ -160,7 +160,9 @@ def runs_whole_blocks(device: torch.device) -> bool:
 def _cpu_runs_whole_blocks() -> bool:
     exact = importlib.import_module("qtool.engine.cpu.exact")
     native = importlib.import_module("qtool.engine.cpu.native")
-    return bool(exact.has_int8_units() and exact.int8_product_is_exact() and native.library())
+    return bool(
+        exact.has_int8_units() and exact.int8_product_is_exact() and native.multiplies_codes()
+    )
 
 
 def _record(decision: Decision) -> None:

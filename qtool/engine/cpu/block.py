@@ -20,7 +20,8 @@ from qtool.engine.cpu.linear import packed_layer
 
 BLOCK_SCORES = 1 << 19
 MOST_TOKENS = 16384  # so many products of codes fit int32, as in `contracts.MAX_TERMS`
-MOST_DEPTH = 1024  # what `native.c` holds of a row
+MOST_DEPTH = 256  # what `native.c` holds of a row
+LANES = 16  # what its products take at once
 
 
 class Layer(NamedTuple):
@@ -102,13 +103,13 @@ class _Room:
         self.width, self.tokens = width, tokens
         some = min(batch, max(1, BLOCK_SCORES // (heads * tokens * tokens)))
         self.parts = exact.blocks(batch, some)
-        matrices = some * heads
+        matrices, whole = some * heads, -(-tokens // LANES) * LANES
         self.operands = torch.empty(3, matrices, tokens, depth, dtype=torch.uint8)
-        self.scores = torch.empty(matrices, tokens, tokens, dtype=torch.int32)
-        self.p = torch.empty(matrices, tokens, tokens, dtype=torch.float32)
-        self.p_codes = torch.empty(matrices, tokens, tokens, dtype=torch.uint8)
-        self.sums = torch.empty(matrices, tokens, depth, dtype=torch.int32)
-        self.spare = torch.empty(matrices * max(tokens, depth), dtype=torch.int32)
+        self.scores = torch.empty(2, matrices, tokens, tokens, dtype=torch.float32)
+        # What lies behind the codes of a row stays zero.
+        self.p_codes = torch.zeros(matrices, tokens, whole, dtype=torch.uint8)
+        self.packed = torch.empty(matrices, whole, depth, dtype=torch.uint8)
+        self.columns = torch.empty(matrices, max(whole, depth), dtype=torch.int32)
         self.views = {
             count: _Views(self, count, heads)
             for count in {part.stop - part.start for part in self.parts}
@@ -127,13 +128,8 @@ class _Views:
     def __init__(self, room: _Room, count: int, heads: int) -> None:
         _, _, tokens, depth = room.operands.shape
         width, self.matrices = room.width, count * heads
-        query, key, value = room.operands[:, : self.matrices].unbind()
-        signed_keys, self.values = key.view(torch.int8), value.view(torch.int8)
-        keys = signed_keys.transpose(1, 2)
-        self.score_products = list(zip(query, keys, room.scores, strict=False))
-        self.value_products = list(zip(room.p_codes, self.values, room.sums, strict=False))
-        self.scores = room.scores[: self.matrices].view(torch.float32)
-        self.p = room.p[: self.matrices]
+        self.scores, self.p = (part[: self.matrices] for part in room.scores)
+        self.values = room.operands[2, : self.matrices].view(torch.int8)
         size, by_head = (
             (count, heads, tokens, depth),
             (heads * tokens * depth, tokens * depth, depth),
@@ -141,8 +137,8 @@ class _Views:
         from_qkv, to_codes = (tokens * 3 * width, depth, 3 * width), (tokens * width, depth, width)
         self.from_qkv = native.walk(size, from_qkv, by_head)
         self.to_codes = native.walk(size, by_head, to_codes)
-        over = (0, 0, tokens)
-        self.over_scores = native.walk((1, 1, self.matrices * tokens, tokens), over, over)
+        rows = (1, 1, self.matrices * tokens, tokens)
+        self.over_scores = native.walk(rows, (0, 0, tokens), (0, 0, room.p_codes.shape[2]))
 
 
 class _Rooms(threading.local):
@@ -204,6 +200,7 @@ class Program:
             and x.shape[0] > 0
             and 1 < x.shape[1] <= MOST_TOKENS
             and self.width // self.heads <= MOST_DEPTH
+            and self.width % (self.heads * LANES) == 0
         )
 
     def run(self, x: Tensor) -> Tensor:
@@ -235,25 +232,24 @@ class Program:
 
     def _attend(self, qkv: Tensor, codes: int, room: _Room, threads: int) -> None:
         """Queries, keys and values (B * N, 3 C) to the codes (B * N, C) at an address."""
-        lib, source, spare = native.library(), qkv.data_ptr(), room.spare.data_ptr()
+        lib, source = native.library(), qkv.data_ptr()
         tokens, width, depth = room.tokens, self.width, self.width // self.heads
         operands, step = room.operands.data_ptr(), room.operands.stride(0)
         keys, values = operands + step, operands + 2 * step
-        scores, p = room.scores.data_ptr(), room.p.data_ptr()
-        p_codes, sums = room.p_codes.data_ptr(), room.sums.data_ptr()
+        scores, p_codes = room.scores.data_ptr(), room.p_codes.data_ptr()
+        packed, columns = room.packed.data_ptr(), room.columns.data_ptr()
         query_zero, key_zero, value_zero = self.zeros
         for some in room.parts:
             views = room.views[some.stop - some.start]
             first = source + 4 * some.start * tokens * 3 * width
             target = codes + some.start * tokens * width
             lib.qtool_codes(first, operands, views.from_qkv, self.operands, 3, width, step, threads)
-            for query, key, products in views.score_products:
-                torch._int_mm(query, key, out=products)
             lib.qtool_scores(
-                *(scores, scores, operands, keys, views.matrices, tokens, depth),
-                *(query_zero, key_zero, self.score_scale, spare, threads),
+                *(operands, keys, scores, views.matrices, tokens, depth),
+                *(query_zero, key_zero, self.score_scale, packed, columns, threads),
             )
             torch.softmax(views.scores, -1, out=views.p)
+            p = views.p.data_ptr()
             if self.probability_zero is None:
                 lib.qtool_powers(p, views.matrices * tokens, tokens, self.probability, threads)
                 levels = views.values.float().sub_(value_zero - 128)
@@ -263,9 +259,7 @@ class Program:
                 )
                 continue
             lib.qtool_codes(p, p_codes, views.over_scores, self.probability, 1, 0, 0, threads)
-            for left, value, products in views.value_products:
-                torch._int_mm(left, value, out=products)
             lib.qtool_attended(
-                *(sums, target, p_codes, values, views.to_codes),
-                *(self.probability_zero, value_zero, self.attended, spare, threads),
+                *(p_codes, room.p_codes.shape[2], values, target, views.to_codes),
+                *(self.probability_zero, value_zero, self.attended, packed, columns, threads),
             )

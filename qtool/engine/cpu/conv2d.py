@@ -12,7 +12,13 @@ from torch import Tensor
 
 from qtool.engine.cpu import exact
 from qtool.engine.cpu.exact import EXACT_SUM, blocks
-from qtool.engine.cpu.linear import both_scales, float_levels, int8_levels, no_zeros
+from qtool.engine.cpu.linear import (
+    Packed,
+    both_scales,
+    float_levels,
+    int8_levels,
+    no_zeros,
+)
 from qtool.engine.resident import derived
 
 
@@ -33,13 +39,20 @@ def conv2d(
 ) -> Tensor:
     """Integer convolution; see `qtool.engine.ops.conv2d`."""
     depth = x.shape[1] // groups
+    bias = None if bias is None else bias.contiguous()
     if exact.has_int8_units() and x.numel() and len(weight):
+        shape = (len(weight), depth, *kernel)
+        if _cuts_patches(kernel, stride, padding, dilation, groups):
+            levels = derived(_patch_packing(weight_bits, shape), weight, weight_zero)
+            if levels is not None:
+                scale = derived(both_scales, weight_scale, x_scale)
+                layer = Packed(levels, scale, no_zeros(len(scale)), bias, int(x_zero))
+                return _over_patches(x, layer, kernel)
         geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
-        packing = _packing(weight_bits, (len(weight), depth, *kernel), *geometry)
+        packing = _packing(weight_bits, shape, *geometry)
         if (packed := derived(packing, weight, weight_zero, x_zero)) is not None:
             scale = derived(both_scales, weight_scale, x_scale)
             x = x.contiguous(memory_format=_dense_layout(x))
-            bias = None if bias is None else bias.contiguous()
             return _product(x, int(x_zero), packed, scale, bias, *geometry)
     levels = derived(float_levels(weight_bits, depth * math.prod(kernel)), weight, weight_zero).t()
     codes = x.float().sub_(x_zero.reshape(()))
@@ -64,6 +77,43 @@ def conv2d(
         sums = sums.double() + part
     y = sums.float().contiguous().mul_((x_scale * weight_scale).view(-1, 1, 1))
     return y if bias is None else y.add_(bias.view(-1, 1, 1))
+
+
+def _cuts_patches(
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> bool:
+    """Whether every input is read at most once, as by a linear layer over patches."""
+    apart = list(kernel) == list(stride) and list(dilation) == [1, 1]
+    return apart and not any(padding) and groups == 1
+
+
+def _over_patches(x: Tensor, layer: Packed, kernel: Sequence[int]) -> Tensor:
+    """A layer over patches of (B, C, H, W); what is left over at the edges stays unread."""
+    down, across = kernel
+    rows, columns = x.shape[2] // down, x.shape[3] // across
+    inside = x.permute(0, 2, 3, 1)[:, : rows * down, : columns * across]
+    patches = inside.unflatten(2, (columns, -1)).unflatten(1, (rows, -1)).transpose(2, 3)
+    y = layer.product(patches.reshape(len(x) * rows * columns, -1))
+    return y.view(len(x), rows, columns, -1).permute(0, 3, 1, 2)
+
+
+@functools.cache
+def _patch_packing(bits: int, shape: tuple[int, ...]) -> Callable[[Tensor, Tensor], Tensor | None]:
+    """Lays weights out for patches whose channels lie side by side."""
+
+    def pack(weight: Tensor, weight_zero: Tensor) -> Tensor | None:
+        levels = int8_levels(weight, weight_zero, bits, math.prod(shape[1:]))
+        if levels is None:
+            return None
+        levels = levels.view(shape).permute(0, 2, 3, 1).reshape(shape[0], -1)
+        packed: Tensor = torch.ops.onednn.qlinear_prepack(levels, None)
+        return packed
+
+    return pack
 
 
 def _dense_layout(x: Tensor) -> torch.memory_format:

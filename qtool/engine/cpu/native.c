@@ -11,6 +11,7 @@
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
@@ -23,7 +24,7 @@
 
 #define FEW 32768 /* elements below which a second thread costs more than it saves */
 #define RUN 64     /* rows that a thread takes at once */
-#define CHUNK 1024 /* values of a row that the stack holds */
+#define CHUNK 256  /* values of a row that the stack holds */
 
 /* Four dimensions: their sizes, and the strides of the first three in source and target. */
 typedef struct {
@@ -225,14 +226,6 @@ void qtool_powers(float *x, int64_t rows, int64_t length, const Quantizer *quant
 }
 
 CLONES
-static void scores_of_row(const int32_t *restrict products, float *restrict out,
-                          const int32_t *restrict columns, int64_t length, int32_t row, float scale)
-{
-    for (int64_t i = 0; i < length; i++)
-        out[i] = (float)(products[i] + columns[i] + row) * scale;
-}
-
-CLONES
 static int32_t sum_unsigned(const uint8_t *codes, int64_t length)
 {
     int32_t sum = 0;
@@ -250,68 +243,194 @@ static int32_t sum_signed(const int8_t *codes, int64_t length)
     return sum;
 }
 
-CLONES
-static void add_signed(int32_t *restrict sums, const int8_t *restrict codes, int64_t length)
+/* Whether the products of attention below run here. */
+int qtool_has_products(void)
 {
-    for (int64_t i = 0; i < length; i++)
-        sums[i] += codes[i];
+#if X86
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+#else
+    return 0;
+#endif
 }
 
-/* Scores of attention from the products of codes: what zero points take away, times a scale.
- * Queries are unsigned codes, keys codes less 128; matrices of a head follow one another. `spare`
- * holds `heads * tokens` numbers. */
-void qtool_scores(const int32_t *products, float *out, const uint8_t *queries, const int8_t *keys,
-                  int64_t heads, int64_t tokens, int64_t width, int32_t query_zero,
-                  int32_t key_zero, float scale, int32_t *spare, int threads)
+#if X86
+#define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
+#define ROWS 4  /* rows of the left factor that one pass over the right one serves */
+#define LANES 16 /* sums of a vector */
+
+static inline int32_t word(const void *bytes)
 {
-    const int32_t shift = 128 - key_zero;
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for
-        for (int64_t row = 0; row < heads * tokens; row++)
-            spare[row] = -query_zero * sum_signed(keys + row * width, width);
-#pragma omp for
-        for (int64_t row = 0; row < heads * tokens; row++) {
-            const int32_t queried = sum_unsigned(queries + row * width, width);
-            scores_of_row(products + row * tokens, out + row * tokens,
-                          spare + row / tokens * tokens, tokens,
-                          shift * (queried - (int32_t)width * query_zero), scale);
+    int32_t found;
+    memcpy(&found, bytes, sizeof found);
+    return found;
+}
+
+/* Keys of a head, blocks of sixteen side by side: four bytes of each in turn, zeros past the last
+ * one. `columns` gets what every query loses to the zero point of the queries. */
+static void pack_keys(const int8_t *keys, int32_t *packed, int32_t *columns, int64_t tokens,
+                      int64_t width, int32_t query_zero)
+{
+    const int64_t blocks = (tokens + LANES - 1) / LANES, words = width / 4;
+    for (int64_t token = 0; token < blocks * LANES; token++) {
+        int32_t *target = packed + token / LANES * words * LANES + token % LANES;
+        for (int64_t i = 0; i < words; i++)
+            target[i * LANES] = token < tokens ? word(keys + token * width + 4 * i) : 0;
+        columns[token] = token < tokens ? -query_zero * sum_signed(keys + token * width, width) : 0;
+    }
+}
+
+/* Scores of up to ROWS queries with all keys of their head. */
+VNNI static void scores_of_rows(const uint8_t *queries, int64_t rows, const int32_t *packed,
+                                const int32_t *columns, int64_t tokens, int64_t width,
+                                int32_t query_zero, int32_t shift, float scale, float *out)
+{
+    const int64_t blocks = (tokens + LANES - 1) / LANES, words = width / 4;
+    const __m512 scales = _mm512_set1_ps(scale);
+    const uint8_t *row[ROWS];
+    int32_t added[ROWS];
+    for (int r = 0; r < ROWS; r++) {
+        row[r] = queries + (r < rows ? r : rows - 1) * width;
+        added[r] = shift * (sum_unsigned(row[r], width) - (int32_t)width * query_zero);
+    }
+    for (int64_t block = 0; block < blocks; block += 2) {
+        const int32_t *first = packed + block * words * LANES;
+        const int32_t *second = block + 1 < blocks ? first + words * LANES : first;
+        __m512i sums[ROWS][2];
+        for (int r = 0; r < ROWS; r++)
+            sums[r][0] = sums[r][1] = _mm512_set1_epi32(added[r]);
+        for (int64_t i = 0; i < words; i++) {
+            const __m512i left = _mm512_loadu_si512(first + i * LANES);
+            const __m512i right = _mm512_loadu_si512(second + i * LANES);
+            for (int r = 0; r < ROWS; r++) {
+                const __m512i codes = _mm512_set1_epi32(word(row[r] + 4 * i));
+                sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], codes, left);
+                sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], codes, right);
+            }
+        }
+        for (int half = 0; half < 2 && block + half < blocks; half++) {
+            const int64_t start = (block + half) * LANES, left = tokens - start;
+            const __mmask16 inside = left >= LANES ? 0xFFFF : (__mmask16)((1u << left) - 1);
+            const __m512i column = _mm512_loadu_si512(columns + start);
+            for (int r = 0; r < rows; r++) {
+                const __m512 sum = _mm512_cvtepi32_ps(_mm512_add_epi32(sums[r][half], column));
+                _mm512_mask_storeu_ps(out + r * tokens + start, inside,
+                                      _mm512_mul_ps(sum, scales));
+            }
         }
     }
 }
 
-/* Codes of attended values from the products of codes. Probabilities are unsigned codes, values
- * codes less 128; `spare` holds `heads * width` numbers, and rows are at most CHUNK wide. */
-void qtool_attended(const int32_t *products, uint8_t *out, const uint8_t *probabilities,
-                    const int8_t *values, const Walk *walk, int32_t probability_zero,
-                    int32_t value_zero, const Quantizer *quantizer, int32_t *spare, int threads)
+/* Values of a head, four tokens side by side in every column, zeros past the last one. */
+static void pack_values(const int8_t *values, int8_t *packed, int32_t *columns, int64_t tokens,
+                        int64_t width, int32_t zero)
+{
+    const int64_t groups = (tokens + 3) / 4;
+    for (int64_t i = 0; i < width; i++)
+        columns[i] = 0;
+    for (int64_t token = 0; token < 4 * groups; token++)
+        for (int64_t i = 0; i < width; i++) {
+            const int8_t value = token < tokens ? values[token * width + i] : 0;
+            packed[(token / 4 * width + i) * 4 + token % 4] = value;
+            columns[i] -= zero * value;
+        }
+}
+
+/* Attended values of up to ROWS tokens, LANES columns at a time. */
+VNNI static void attended_of_rows(const uint8_t *probabilities, int64_t stride, int64_t rows,
+                                  const int8_t *packed, const int32_t *columns, int64_t tokens,
+                                  int64_t width, int32_t zero, int32_t shift, float *out)
+{
+    const int64_t groups = (tokens + 3) / 4;
+    const uint8_t *row[ROWS];
+    int32_t added[ROWS];
+    for (int r = 0; r < ROWS; r++) {
+        row[r] = probabilities + (r < rows ? r : rows - 1) * stride;
+        added[r] = shift * (sum_unsigned(row[r], tokens) - (int32_t)tokens * zero);
+    }
+    for (int64_t start = 0; start < width; start += 2 * LANES) {
+        const int64_t next = start + LANES < width ? LANES : 0;
+        __m512i sums[ROWS][2];
+        for (int r = 0; r < ROWS; r++)
+            sums[r][0] = sums[r][1] = _mm512_set1_epi32(added[r]);
+        for (int64_t group = 0; group < groups; group++) {
+            const int8_t *place = packed + (group * width + start) * 4;
+            const __m512i left = _mm512_loadu_si512(place);
+            const __m512i right = _mm512_loadu_si512(place + 4 * next);
+            for (int r = 0; r < ROWS; r++) {
+                const __m512i codes = _mm512_set1_epi32(word(row[r] + 4 * group));
+                sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], codes, left);
+                sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], codes, right);
+            }
+        }
+        for (int half = 0; half < (next ? 2 : 1); half++) {
+            const int64_t column = start + half * LANES;
+            const __m512i lost = _mm512_loadu_si512(columns + column);
+            for (int r = 0; r < rows; r++)
+                _mm512_storeu_ps(out + r * width + column,
+                                 _mm512_cvtepi32_ps(_mm512_add_epi32(sums[r][half], lost)));
+        }
+    }
+}
+
+/* Scores of attention. Queries are unsigned codes, keys codes less 128; matrices of a head follow
+ * one another, their width is a multiple of 4. For each head `packed` holds `width / 4` words and
+ * `columns` one for each token, their number made a multiple of LANES. */
+void qtool_scores(const uint8_t *queries, const int8_t *keys, float *out, int64_t heads,
+                  int64_t tokens, int64_t width, int32_t query_zero, int32_t key_zero, float scale,
+                  int32_t *packed, int32_t *columns, int threads)
+{
+    const int64_t room = (tokens + LANES - 1) / LANES * LANES, runs = (tokens + ROWS - 1) / ROWS;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for
+        for (int64_t head = 0; head < heads; head++)
+            pack_keys(keys + head * tokens * width, packed + head * room * (width / 4),
+                      columns + head * room, tokens, width, query_zero);
+#pragma omp for
+        for (int64_t run = 0; run < heads * runs; run++) {
+            const int64_t head = run / runs, row = run % runs * ROWS;
+            const int64_t rows = tokens - row < ROWS ? tokens - row : ROWS;
+            scores_of_rows(queries + (head * tokens + row) * width, rows,
+                           packed + head * room * (width / 4), columns + head * room, tokens, width,
+                           query_zero, 128 - key_zero, scale, out + (head * tokens + row) * tokens);
+        }
+    }
+}
+
+/* Codes of attended values. Probabilities are unsigned codes in rows `stride` apart, zeros behind
+ * them up to a multiple of 4; values are codes less 128, their width a multiple of LANES and at most
+ * CHUNK. `packed` has room for four times as many bytes as a head has columns, for every four
+ * tokens; `columns` for the columns of all heads. */
+void qtool_attended(const uint8_t *probabilities, int64_t stride, const int8_t *values,
+                    uint8_t *out, const Walk *walk, int32_t probability_zero, int32_t value_zero,
+                    const Quantizer *quantizer, int8_t *packed, int32_t *columns, int threads)
 {
     const CodesOfRow one = codes_of_row();
-    const int64_t rows = rows_of(walk), tokens = walk->size[2], width = walk->size[3];
-    const int32_t shift = 128 - value_zero;
+    const int64_t heads = walk->size[0] * walk->size[1], tokens = walk->size[2];
+    const int64_t width = walk->size[3], room = (tokens + 3) / 4 * 4 * width;
+    const int64_t runs = (tokens + ROWS - 1) / ROWS;
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for
-        for (int64_t head = 0; head < rows / tokens; head++) {
-            int32_t *sums = spare + head * width;
-            for (int64_t i = 0; i < width; i++)
-                sums[i] = 0;
-            if (probability_zero)
-                for (int64_t token = 0; token < tokens; token++)
-                    add_signed(sums, values + (head * tokens + token) * width, width);
-            for (int64_t i = 0; i < width; i++)
-                sums[i] *= -probability_zero;
-        }
+        for (int64_t head = 0; head < heads; head++)
+            pack_values(values + head * tokens * width, packed + head * room,
+                        columns + head * width, tokens, width, probability_zero);
 #pragma omp for
-        for (int64_t row = 0; row < rows; row++) {
-            float attended[CHUNK];
-            const int32_t sum = sum_unsigned(probabilities + row * tokens, tokens);
-            scores_of_row(products + row * width, attended, spare + row / tokens * width, width,
-                          shift * (sum - (int32_t)tokens * probability_zero), 1.0f);
-            one(attended, out + place_of(walk, row).to, width, quantizer);
+        for (int64_t run = 0; run < heads * runs; run++) {
+            const int64_t head = run / runs, row = run % runs * ROWS;
+            const int64_t rows = tokens - row < ROWS ? tokens - row : ROWS;
+            float attended[ROWS * CHUNK];
+            attended_of_rows(probabilities + (head * tokens + row) * stride, stride, rows,
+                             packed + head * room, columns + head * width, tokens, width,
+                             probability_zero, 128 - value_zero, attended);
+            Place place = place_of(walk, head * tokens + row);
+            for (int64_t r = 0; r < rows; r++, step(walk, &place))
+                one(attended + r * width, out + place.to, width, quantizer);
         }
     }
 }
+#endif
 
 /* Codes less a zero point. */
 void qtool_widen(const uint8_t *codes, float *out, const Walk *walk, float zero, int threads)

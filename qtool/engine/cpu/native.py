@@ -52,17 +52,25 @@ def library() -> Any:  # noqa: ANN401  (a CDLL, or None)
         found.qtool_codes.argtypes = (*(pointer, pointer, go, how), *(step, step, step, number))
         found.qtool_powers.argtypes = (pointer, step, step, how, number)
         found.qtool_widen.argtypes = (pointer, pointer, go, real, number)
-        found.qtool_scores.argtypes = (
-            *(pointer, pointer, pointer, pointer, step, step, step),
-            *(number, number, real, pointer, number),
-        )
-        found.qtool_attended.argtypes = (
-            *(pointer, pointer, pointer, pointer, go),
-            *(number, number, how, pointer, number),
-        )
+        if found.qtool_has_products():
+            found.qtool_scores.argtypes = (
+                *(pointer, pointer, pointer, step, step, step),
+                *(number, number, real, pointer, pointer, number),
+            )
+            found.qtool_attended.argtypes = (
+                *(pointer, step, pointer, pointer, go),
+                *(number, number, how, pointer, pointer, number),
+            )
     except (OSError, AttributeError):
         return None
     return found
+
+
+@functools.cache
+def multiplies_codes() -> bool:
+    """Whether the products of attention were compiled and run here (x86 with AVX-512 VNNI)."""
+    found = library()
+    return found is not None and bool(found.qtool_has_products())
 
 
 @functools.lru_cache(maxsize=4096)
