@@ -8,9 +8,10 @@ import torch
 
 from qtool.api import export, onnx_check
 from qtool.api import quantize as quantize_api
-from qtool.api.load import load
+from qtool.api.load import load, restore
 from qtool.api.switch_bits import switch_bits
 from qtool.errors import MissingError, OutputExistsError, QtoolError, UsageError
+from qtool.io import checkpoint
 from qtool.io import onnx as files
 from qtool.settings.quantize import QuantizeSettings
 from qtool.settings.switch_bits import SwitchBitsSettings
@@ -80,7 +81,7 @@ def test_quantize_writes_both_files(quantize, small):
     assert ops.count("DequantizeLinear") == 6 + ops.count("QuantizeLinear")
     assert str(Path.cwd()).encode() not in FILE.read_bytes()
     assert b"/qtool/" not in FILE.read_bytes()
-    assert_runs_as_the_engine(load(CHECKPOINT))
+    assert_runs_as_the_engine(restore(*checkpoint.read(CHECKPOINT), origin="q.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,7 @@ def test_quantize_writes_both_files(quantize, small):
     [
         ("swin", {"recipe": "paper", "bits": "w5a4"}, "int8"),
         ("resnet", {"bits": "w3a8"}, "int4"),
-        pytest.param("mobilenet", {"bits": "w8a4"}, "uint8", marks=pytest.mark.slow),
+        pytest.param("mobilenet", {"bits": "w8a4"}, "int8", marks=pytest.mark.slow),
     ],
 )
 def test_every_family_is_exported(save_weights, quantize, convolutional, family, options, weights):
@@ -99,7 +100,7 @@ def test_every_family_is_exported(save_weights, quantize, convolutional, family,
     summary = quantize(model, out=CHECKPOINT, onnx=FILE, **options).summary["onnx"]
     assert list(summary["weights"]) == [weights]
     assert summary["verify"]["layer_difference"] < 1e-5
-    assert_runs_as_the_engine(load(CHECKPOINT))
+    assert_runs_as_the_engine(restore(*checkpoint.read(CHECKPOINT), origin="q.safetensors"))
 
 
 def test_a_switchable_file_is_exported_at_the_bits_asked_for(quantize, small):

@@ -1,11 +1,14 @@
 """What an exported model's check sees, and what it leaves alone; no ONNX needed."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from qtool.api import onnx_check
-from qtool.api.load import load
+from qtool.api.load import restore
 from qtool.errors import QtoolError
+from qtool.io import checkpoint
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -13,7 +16,10 @@ IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 @pytest.fixture
 def model(quantize, demo):
     quantize(demo, out="q.safetensors", bits="w4a4")
-    return load("q.safetensors")
+    header, tensors = checkpoint.read(Path("q.safetensors"))
+    found = restore(header, tensors, origin="q.safetensors")
+    found.qtool_config = header
+    return found
 
 
 @pytest.fixture

@@ -154,7 +154,7 @@ REFUSALS = {
         p_zero=None, p_table=TABLE
     ),
     "p_bits is 1, not between 2 and 8": lambda: attention(p_zero=None, p_bits=1),
-    "p_scale has shape (5,), not one": lambda: attention(p_scale=SCALES),
+    "p_zero has shape (5,), not one element": lambda: attention(p_zero=SCALES.int()),
     "p_table has shape (3,), not (256,)": lambda: attention(p_table=TABLE[:3]),
     "out_scale is on meta, the first argument on cpu": lambda: attention(out_scale=ONE.to("meta")),
     "x has shape (2, 3, 8), not (B, C, H, W)": lambda: conv2d(x=CODES),

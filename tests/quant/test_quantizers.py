@@ -149,7 +149,11 @@ def test_searched_weight_range_beats_the_extremes_in_every_channel(bits):
     weight = drawn(6, 200)
     weight[0, 3] = 12.0
     scale, zero = quantizers.search_weight_range(weight, bits=bits)
-    extremes = quantizers.uniform_parameters(weight.amin(1), weight.amax(1), bits=bits)
+    low, high = weight.amin(1), weight.amax(1)
+    if bits == 8:  # spread evenly around zero
+        assert set(zero.tolist()) == {128}
+        low, high = -weight.abs().amax(1), weight.abs().amax(1) * 127 / 128
+    extremes = quantizers.uniform_parameters(low, high, bits=bits)
     for row in range(6):
         best = squared_error(weight[row], scale[row], zero[row], bits)
         assert best <= squared_error(weight[row], extremes[0][row], extremes[1][row], bits)

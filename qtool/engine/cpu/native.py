@@ -66,7 +66,6 @@ def library() -> Any:  # noqa: ANN401  (a CDLL, or None)
     return found
 
 
-@functools.cache
 def multiplies_codes() -> bool:
     """Whether the products of attention were compiled and run here (x86 with AVX-512 VNNI)."""
     found = library()
