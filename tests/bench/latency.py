@@ -15,15 +15,13 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import platform
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # three pools of threads share the cores
 
 import numpy as np
 import torch
@@ -173,7 +171,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--no-peers", action="store_true", help="PyTorch and qtool only")
-    parser.add_argument("--json", type=Path, help="file to add the samples to")
+    parser.add_argument("--json", type=Path, help="file to add least and median to")
     return parser.parse_args()
 
 
@@ -217,7 +215,10 @@ def main() -> None:
         print(f"\n| batch {batch} | ms | best float32 / this |\n| --- | --- | --- |")
         for name, time_ms in least.items():
             print(f"| {name} | {time_ms:.1f} | {best / time_ms:.2f} |")
-        record["batches"][str(batch)] = {k: [round(v, 3) for v in t] for k, t in samples.items()}
+        record["batches"][str(batch)] = {
+            name: [round(min(times), 1), round(statistics.median(times), 1)]
+            for name, times in samples.items()
+        }
     print(f"\nran on: {', '.join(sorted({d.backend for d in dispatch.explain()}))}")
     if options.json:
         known = json.loads(options.json.read_text()) if options.json.exists() else []

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qtool.engine import dispatch, ops, resident
+from qtool.engine.cpu import build_native, exact, linear, native
 from qtool.engine.cpu import codes as quantizers
-from qtool.engine.cpu import exact, linear, native
 from qtool.errors import BackendError
 
 
@@ -437,3 +437,33 @@ def test_a_layer_notices_that_its_weight_was_written_to(draw):
     second, same = both(**sizes)
     assert torch.equal(second, same)
     assert not torch.equal(second, first)
+
+
+@pytest.fixture
+def plain_library(monkeypatch, tmp_path):
+    """The compiled passes as a processor without AVX-512 gets them."""
+    path = tmp_path / "plain.so"
+    if not build_native.compiled(native.LIBRARY.with_name("native.c"), path, "-DQTOOL_PLAIN"):
+        pytest.skip("no C compiler")
+    monkeypatch.setattr(native, "LIBRARY", path)
+    native.library.cache_clear()
+    yield
+    native.library.cache_clear()
+
+
+@pytest.mark.usefixtures("plain_library")
+@pytest.mark.parametrize("table", [False, True], ids=["uniform", "table"])
+@pytest.mark.parametrize("length", [1, 7, 64, 333])
+def test_plain_passes_give_the_same_codes(table, length, draw):
+    assert native.library() is not None
+    assert not native.multiplies_codes()
+    ties = (torch.arange(length) - length // 2 + 0.5) * 0.37
+    for x in (draw.floats(5, length) * 9, ties.expand(2, -1), draw.floats(3, length) * 1e30):
+        scale, zero = torch.tensor([0.37]), draw.zeros(1)
+        how = (draw.codes(256).sort().values,) if table else ()
+        call = ops.quantize_table if table else ops.quantize_uniform
+        bits = {} if table else {"bits": 8}
+        with dispatch.use_backend("reference"):
+            expected = call(x, scale, zero, *how, **bits)
+        with dispatch.use_backend("cpu"):
+            assert torch.equal(call(x, scale, zero, *how, **bits), expected)

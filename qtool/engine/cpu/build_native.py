@@ -34,14 +34,14 @@ class CustomBuildHook(BuildHookInterface):  # type: ignore[misc]
         build_data["tag"] = f"py3-none-{platform}"
 
 
-def compiled(source: Path, library: Path) -> bool:
-    """Compile a shared library, and tell whether that went well."""
+def compiled(source: Path, library: Path, *more: str) -> bool:
+    """Compile a shared library, with more flags if given, and tell whether that went well."""
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if compiler is None:
         return False
     fresh = library.with_name(f"{library.name}.tmp")
     for extra in VARIANTS:
-        command = [compiler, *FLAGS, *extra, str(source), "-o", str(fresh), "-lm"]
+        command = [compiler, *FLAGS, *extra, *more, str(source), "-o", str(fresh), "-lm"]
         if subprocess.run(command, capture_output=True, check=False).returncode == 0:
             fresh.replace(library)
             return True

@@ -13,7 +13,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(QTOOL_PLAIN)
 #include <immintrin.h>
 #define X86 1
 #define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
