@@ -16,7 +16,7 @@ FLAGS = ("-O3", "-std=c11", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-
 VARIANTS = (("-fno-trapping-math", "-fopenmp"), ("-fopenmp",), ())
 
 
-class CustomBuildHook(BuildHookInterface):  # type: ignore[misc]
+class CustomBuildHook(BuildHookInterface[Any]):
     """Builds the library beside its source, and puts it into the wheel."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
