@@ -131,7 +131,7 @@ def gather(
         found = _synthesize(work, kept, progress)
     if found.summary["image_agreement"] < 0.5:
         notice.warning(
-            "only %.0f %% of the images are seen as what they should show; try --effort standard",
+            "only %.0f %% of the images are seen as what they should show; try --effort max",
             100 * found.summary["image_agreement"],
         )
     return found

@@ -89,7 +89,7 @@ def test_quantize_writes_both_files(quantize, small):
     [
         ("swin", {"recipe": "paper", "bits": "w5a4"}, "int8"),
         ("resnet", {"bits": "w3a8"}, "int4"),
-        pytest.param("mobilenet", {"bits": "w8a4"}, "uint8", marks=pytest.mark.slow),
+        pytest.param("mobilenet", {"bits": "w8a8"}, "uint8", marks=pytest.mark.slow),
     ],
 )
 def test_every_family_is_exported(save_weights, quantize, convolutional, family, options, weights):
