@@ -6,9 +6,10 @@ tensor that was written to since counts as another one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -26,14 +27,20 @@ class _Kept(NamedTuple):
 _kept = WeakTensorKeyDictionary()
 
 
+def versions_of(tensors: Iterable[Tensor]) -> tuple[int, ...] | None:
+    """How often each tensor was written to; None where one of inference mode does not count it."""
+    found = tuple(tensors)
+    return None if any(t.is_inference() for t in found) else tuple(t._version for t in found)
+
+
 def derived(make: Callable[..., Form], source: Tensor, *others: Tensor) -> Form:
     """`make(source, *others)`, from memory if nothing changed since it was made.
 
     Tensors made under `torch.inference_mode` count no changes and are not remembered.
     """
-    if source.is_inference() or any(other.is_inference() for other in others):
+    versions = versions_of((source, *others))
+    if versions is None:
         return make(source, *others)
-    versions = (source._version, *(other._version for other in others))
     forms = _kept.get(source)
     if forms is None:
         forms = _kept[source] = {}
@@ -43,6 +50,7 @@ def derived(make: Callable[..., Form], source: Tensor, *others: Tensor) -> Form:
         or kept.versions != versions
         or any(one is not other for one, other in zip(kept.others, others, strict=True))
     ):
-        kept = forms[make] = _Kept(others, versions, make(source, *others))
+        with torch.inference_mode(False):  # what is kept may be used outside of it
+            kept = forms[make] = _Kept(others, versions, make(source, *others))
     form: Form = kept.form
     return form

@@ -84,7 +84,7 @@ class IntegerUnit(nn.Module):
             self.zero,
             derived(_packing(self.engine_bits, rows, columns), self.codes),
             alpha,
-            self.weight_zero[:rows],
+            derived(_leading(rows), self.weight_zero),
             delta,
             weight_bits=self.engine_bits,
             kernel=kernel,
@@ -101,3 +101,9 @@ def _packing(bits: int, rows: int, columns: int) -> Callable[[Tensor], Tensor]:
         return ops.pack_codes(some.to(torch.uint8), bits)
 
     return pack
+
+
+@functools.cache
+def _leading(rows: int) -> Callable[[Tensor], Tensor]:
+    """Takes the first rows of a tensor; kept, so that what is derived from them is kept too."""
+    return lambda tensor: tensor[:rows]

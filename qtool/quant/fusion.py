@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qtool.engine import dispatch, ops
 from qtool.engine.cpu.block import Block, Layer, Norm, Operand, Program
+from qtool.engine.resident import versions_of
 from qtool.quant.attention import QuantAttention, QuantWindowAttention
 from qtool.quant.layers import Feeds, IntegerProducts, QuantLinear
 from qtool.quant.plan import replace_module
@@ -67,7 +68,7 @@ class QuantBlock(nn.Module):
         super().__init__()
         for name, child in source.named_children():
             self.add_module(name, child)
-        self._program: tuple[Program, list[Tensor], list[int]] | None = None
+        self._program: tuple[Program, list[Tensor], tuple[int, ...] | None] | None = None
         self._hooks: list[dict[int, Any]] | None = None
 
     def forward(
@@ -96,11 +97,10 @@ class QuantBlock(nn.Module):
         """The program, made anew where a tensor was written to."""
         if self._program is not None:
             program, tensors, versions = self._program
-            if [tensor._version for tensor in tensors] == versions:
+            if versions_of(tensors) == versions:
                 return program
         tensors = [*self.parameters(), *self.buffers()]
-        versions = [tensor._version for tensor in tensors]
-        self._program = (Program(self._parameters_of_block()), tensors, versions)
+        self._program = (Program(self._parameters_of_block()), tensors, versions_of(tensors))
         return self._program[0]
 
     def _apply(self, *arguments: Any, **options: Any) -> Self:  # noqa: ANN401

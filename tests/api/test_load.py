@@ -455,3 +455,15 @@ def test_a_mask_reaches_attention(quantize, demo, images):
             assert not torch.equal(found, fused.blocks[0](tokens))
         causal = fused.blocks[0](tokens, is_causal=True)
         assert torch.equal(causal, fused.blocks[0](tokens, attn_mask=hidden))
+
+
+def test_inference_mode_may_come_and_go(quantize, demo, images):
+    quantize(demo, bits="w4a4", out="q.safetensors")
+    model = load("q.safetensors")
+    with torch.inference_mode():
+        expected = model(images)
+        inside = load("q.safetensors")
+        assert torch.equal(inside(images), expected)
+    with torch.no_grad():
+        assert torch.equal(model(images), expected)
+        assert torch.equal(inside(images), expected)

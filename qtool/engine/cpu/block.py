@@ -16,9 +16,9 @@ from torch import Tensor
 from torch._C._nn import gelu as _gelu
 
 from qtool.engine.cpu import exact, native
+from qtool.engine.cpu.attention import BLOCK_SCORES
 from qtool.engine.cpu.linear import packed_layer
 
-BLOCK_SCORES = 1 << 19
 MOST_TOKENS = 16384  # so many products of codes fit int32, as in `contracts.MAX_TERMS`
 MOST_DEPTH = 256  # what `native.c` holds of a row
 LANES = 16  # what its products take at once
@@ -145,7 +145,12 @@ class _Rooms(threading.local):
     """The memory of every thread that runs a model, for the last few shapes."""
 
     def __init__(self) -> None:
-        self.of = functools.lru_cache(maxsize=2)(_Room)
+        # Memory made in inference mode could not be written to outside of it.
+        self.of = functools.lru_cache(maxsize=2)(torch.inference_mode(False)(_room))
+
+
+def _room(batch: int, tokens: int, width: int, hidden: int, heads: int) -> _Room:
+    return _Room(batch, tokens, width, hidden, heads)
 
 
 _rooms = _Rooms()
