@@ -13,6 +13,7 @@ from qtool.api.nested_model import choose_bits, install
 from qtool.errors import CheckpointError, UsageError
 from qtool.io import checkpoint
 from qtool.models import demoire, demoire_weights, sources, vision
+from qtool.quant import graphs
 from qtool.quant.attention import ATTENTION_CLASSES
 from qtool.quant.convolution import without_norm
 from qtool.quant.fusion import fuse
@@ -54,7 +55,15 @@ def load(
     if header.engine != "fixed":
         choose_bits(model, header, bits, path=str(path))
     model.qtool_config = header  # type: ignore[assignment]
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    if torch.device(device).type == "cuda" and header.engine == "fixed" and layers_attend(header):
+        graphs.replay(model)
+    return model
+
+
+def layers_attend(header: checkpoint.Header) -> bool:
+    """Whether a model is a transformer, most of whose time on a GPU goes into starting kernels."""
+    return any(layer.kind == "attention" for layer in header.layers.values())
 
 
 def _require_width(header: checkpoint.Header, bits: Request, path: str | Path) -> None:

@@ -136,6 +136,7 @@ def _linear(
     bias: Tensor | None,
     weight_bits: int,
     in_features: int,
+    residual: Tensor | None = None,
 ) -> Result:
     _check_tensor("x", x, torch.uint8, x)
     _check_dimensions("x", x, 1)
@@ -146,7 +147,12 @@ def _linear(
     channels = _check_weight(
         x, weight, weight_scale, weight_zero, bias, weight_bits=weight_bits, in_features=in_features
     )
-    return Result((*x.shape[:-1], channels), torch.float32, _limit(in_features))
+    shape = (*x.shape[:-1], channels)
+    if residual is not None:
+        _check_tensor("residual", residual, torch.float32, x)
+        if residual.shape != shape:
+            raise UsageError(f"residual has shape {_words(residual)}, not {shape}")
+    return Result(shape, torch.float32, _limit(in_features))
 
 
 def _layer_norm_quantize(
@@ -345,7 +351,8 @@ _OPERATIONS: dict[str, tuple[str, Callable[..., Result]]] = {
     "unpack_codes": ("(Tensor packed, int bits, int in_features) -> Tensor", _unpack_codes),
     "linear": (
         "(Tensor x, Tensor x_scale, Tensor x_zero, Tensor weight, Tensor weight_scale,"
-        " Tensor weight_zero, Tensor? bias, int weight_bits, int in_features) -> Tensor",
+        " Tensor weight_zero, Tensor? bias, int weight_bits, int in_features,"
+        " Tensor? residual=None) -> Tensor",
         _linear,
     ),
     "layer_norm_quantize": (

@@ -28,7 +28,7 @@ INTEGER_PRODUCTS = frozenset({"linear", "linear_nested", "linear_quantize", "mat
 MIN_CAPABILITY = (8, 0)
 
 # Triton takes these words for yes, and reads them when a kernel is defined.
-_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in {"1", "y", "yes", "on", "true"}
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in {"1", "y", "yes", "on", "true"}
 _KERNEL_FILES = {
     "layer_norm_quantize": "layer_norm",
     "linear_quantize": "linear",
@@ -121,6 +121,11 @@ def trace() -> Iterator[list[Decision]]:
         _traces.reset(token)
 
 
+def is_traced() -> bool:
+    """Whether a `trace` of the current thread or task wants every decision."""
+    return bool(_traces.get())
+
+
 def choose(op: str, device: torch.device, *, limit: str = "") -> Callable[..., Tensor]:
     """Decides which version of `op` runs on tensors of `device`, and records the decision.
 
@@ -194,7 +199,7 @@ def _refusal(op: str, backend: str, device: torch.device, limit: str) -> str:
         return ""
     if absence := _triton_absence():
         return absence
-    if _INTERPRETED:
+    if INTERPRETED:
         return "" if device.type == "cpu" else "TRITON_INTERPRET=1 runs kernels on the CPU"
     if device.type != "cuda":
         return f"the tensors are on {device.type}"
@@ -224,7 +229,7 @@ def _checked(name: str, source: str = "backend") -> str:
 def _triton_absence() -> str:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    if _INTERPRETED or torch.cuda.is_available():
+    if INTERPRETED or torch.cuda.is_available():
         return ""
     return "no CUDA device was found"
 

@@ -153,12 +153,13 @@ def linear(
     *,
     weight_bits: int,
     in_features: int,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Linear layer on codes: exact integer sum, then `sum * (x_scale * weight_scale) + bias`.
 
-    The sum over k is that of `(x - x_zero) * (q - weight_zero)`. The three float operations round
-    one by one in this order, so that a simulation with integer-valued float32 tensors gives the
-    same bits while its sums stay below 2^24.
+    The sum over k is that of `(x - x_zero) * (q - weight_zero)`. The float operations round one by
+    one in this order, with `residual` added last, so that a simulation with integer-valued float32
+    tensors gives the same bits while its sums stay below 2^24.
 
     Args:
         x: uint8 codes `(..., K)`.
@@ -170,6 +171,7 @@ def linear(
         bias: float32 `(N,)`, or None.
         weight_bits: Width of a weight code, 2 to 8.
         in_features: K.
+        residual: float32 `(..., N)`, added to the result, or None.
 
     Returns:
         float32 `(..., N)`.
@@ -179,7 +181,16 @@ def linear(
         BackendError: The backend asked for cannot run this.
     """
     result: Tensor = torch.ops.qtool.linear(
-        x, x_scale, x_zero, weight, weight_scale, weight_zero, bias, weight_bits, in_features
+        x,
+        x_scale,
+        x_zero,
+        weight,
+        weight_scale,
+        weight_zero,
+        bias,
+        weight_bits,
+        in_features,
+        residual,
     )
     return result
 

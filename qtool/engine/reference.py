@@ -94,12 +94,14 @@ def linear(
     bias: Tensor | None,
     weight_bits: int,
     in_features: int,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Integer linear layer; see `qtool.engine.ops.linear`."""
     levels = _weight_levels(weight, weight_zero, weight_bits, in_features)
     sums = (x.double() - _broadcast(x_zero)) @ levels.T
     y: Tensor = sums.float() * (_broadcast(x_scale) * weight_scale)
-    return y if bias is None else y + bias
+    y = y if bias is None else y + bias
+    return y if residual is None else y + residual
 
 
 def linear_quantize(

@@ -53,13 +53,16 @@ class _TakesOver(nn.Module):
         self.num_heads = cast(int, source.num_heads)
         self.scale = cast(float, source.scale)
 
-    def _attended(self, projected: Tensor, added: Tensor | None) -> Tensor:
+    def _attended(
+        self, projected: Tensor, added: Tensor | None, residual: Tensor | None = None
+    ) -> Tensor:
         """Attend on what `qkv` returned, (B, N, 3 C), to (B, N, C).
 
         Args:
             projected: Queries, keys and values, or their codes (3, B, N, C).
             added: Added to the scores of every `len(added)` elements of the batch in turn,
                 (windows, heads, N, N), or None.
+            residual: Added to the result by an integer `proj`, (B, N, C), or None.
         """
         if projected.dtype == torch.uint8:
             attended = self._attended_codes(projected.unflatten(3, (self.num_heads, -1)), added)
@@ -73,8 +76,9 @@ class _TakesOver(nn.Module):
                 scores = (scores.unflatten(0, (-1, len(added))) + added).flatten(0, 1)
             values = products.values(scores.softmax(dim=-1), value)
             attended = self._normed("norm", values.transpose(1, 2).flatten(2))
-        out: Tensor = self.proj_drop(self.proj(attended))
-        return out
+        out = self.proj(attended) if residual is None else self.proj(attended, residual)
+        dropped: Tensor = self.proj_drop(out)
+        return dropped
 
     def _normed(self, name: str, x: Tensor) -> Tensor:
         """Apply one of the norms that some models have here."""
@@ -135,9 +139,16 @@ class QuantAttention(_TakesOver):
     """Global self-attention as in ViT and DeiT: (B, N, C) to (B, N, C)."""
 
     def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        residual: Tensor | None = None,
     ) -> Tensor:
-        """Attend over all tokens; `attn_mask` is added to the scores (or hides where False)."""
+        """Attend over all tokens; `attn_mask` is added to the scores (or hides where False).
+
+        `residual` is added to the result where all layers are integer.
+        """
         batch, tokens, _ = x.shape
         if is_causal:
             attn_mask = x.new_ones((tokens, tokens), dtype=torch.bool).tril()
@@ -149,7 +160,7 @@ class QuantAttention(_TakesOver):
                 added = added.masked_fill_(~attn_mask, -torch.inf)
             maps = batch if attn_mask.dim() == 4 and len(attn_mask) > 1 else 1
             added = added.expand(maps, self.num_heads, tokens, tokens)
-        return self._attended(self.qkv(x), added)
+        return self._attended(self.qkv(x), added, residual)
 
 
 class QuantWindowAttention(_TakesOver):

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Self, cast
 
+import torch
 from torch import Tensor, nn
 
 from qtool.engine import dispatch, ops
@@ -52,8 +53,8 @@ class QuantLayerNorm(nn.Module):
 class QuantBlock(nn.Module):
     """A transformer block of integer layers as in ViT and DeiT: (B, N, C) to (B, N, C).
 
-    A CPU with int8 units runs it as one program; with hooks on its layers, and elsewhere, they run
-    one by one, with the same result.
+    A CPU with int8 units runs it as one program. Elsewhere its layers run one by one and add what
+    goes around them; with hooks they run as in the float block. The result is the same.
 
     Args:
         source: The block, whose layers hand codes to one another already.
@@ -75,13 +76,17 @@ class QuantBlock(nn.Module):
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         """Attend, then perceive, each added to what came in."""
-        plain = attn_mask is None and not is_causal
-        if plain and dispatch.runs_whole_blocks(x.device) and not self._watched():
+        if attn_mask is not None or is_causal or torch.compiler.is_compiling() or self._watched():
+            x = x + self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
+            out: Tensor = x + self.mlp(self.norm2(x))
+            return out
+        if dispatch.runs_whole_blocks(x.device):
             program = self._made()
             if program.takes(x):
                 return program.run(x)
-        x = x + self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
-        out: Tensor = x + self.mlp(self.norm2(x))
+        x = self.attn(self.norm1(x), residual=x)
+        hidden = self.mlp.get_submodule("fc1")(self.norm2(x))
+        out = self.mlp.get_submodule("fc2")(hidden, x)
         return out
 
     def _watched(self) -> bool:

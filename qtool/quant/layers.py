@@ -148,10 +148,10 @@ class QuantLinear(nn.Module):
         levels = self.weight_codes().int() - self.weight_zero_point[:, None]
         return levels.float() * self.weight_scale[:, None]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Quantize `x` unless it is codes already, multiply integers, apply scales and bias.
 
-        With `feeds` set the result is codes of what reads it.
+        With `feeds` set the result is codes of what reads it; else `residual` is added, if given.
         """
         shared: dict[str, Any] = {
             "x": self.input_codes(x),
@@ -165,7 +165,7 @@ class QuantLinear(nn.Module):
             "in_features": self.in_features,
         }
         if self.feeds is None:
-            return ops.linear(**shared)
+            return ops.linear(**shared, residual=residual)
         reader = self.feeds.quantizer()
         return ops.linear_quantize(
             **shared,
@@ -203,12 +203,15 @@ class QuantConv2d(QuantLinear):
 
     geometry = Geometry()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Quantize `x`, convolve integers, apply scales and bias."""
         if x.device.type == "cpu":  # the layout in which CPUs convolve
             x = x.contiguous(memory_format=torch.channels_last)
+        codes = self.input_codes(x)
+        if self.geometry.stride == self.shape[2:]:  # patches become rows, and their results stay so
+            codes = codes.contiguous(memory_format=torch.channels_last)
         return ops.conv2d(
-            self.input_codes(x),
+            codes,
             self.input_scale,
             self.input_zero_point,
             self.weight_packed,

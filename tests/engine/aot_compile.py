@@ -30,6 +30,7 @@ from qtool.engine.kernels import (
     pack_codes,
     quantize_log2,
     quantize_uniform,
+    tiles,
     unpack_codes,
 )
 
@@ -57,42 +58,58 @@ def strides(left: str, right: str) -> dict[str, str]:
     return dict.fromkeys(names, "i32")
 
 
-def linear_cases() -> list[Case]:
-    """Packed weights of every width, then every way to end in codes."""
+def linear_cases(capability: int = 90) -> list[Case]:
+    """Every tile with every ending, then what else a layer may have."""
     types = {
         "x": "*u8",
         "x_scale": "*fp32",
         "x_zero": "*i32",
-        "weight": "*u8",
+        "weight": "*i8",
+        "weight_shift": "*i32",
+        "weight_sums": "*i32",
         "weight_scale": "*fp32",
-        "weight_zero": "*i32",
         "bias": "*fp32",
+        "residual": "*fp32",
         "y": "*fp32",
         "rows": "i32",
         "channels": "i32",
         "in_features": "i32",
-        "row_bytes": "i32",
         "group_channels": "i32",
     }
     none = dict.fromkeys(("out_scale", "out_zero", "out_table"))
-    plain = {"HAS_GELU": False, "QUANTIZES": False, "HAS_TABLE": False, "TOP": 255, **none}
-    cases = []
-    for bits in range(2, 9):
-        constants = {"BITS": bits, "OFFSET": 128 if bits == 8 else 0}
-        constants |= LINEAR | plain | linear.TILE
-        name = f"linear w{bits}"
-        cases.append(Case(name, linear.linear_kernel, types, constants, linear.OPTIONS))
+    values = {"HAS_GELU": False, "QUANTIZES": False, "HAS_TABLE": False, "TOP": 255, **none}
+    values |= {"ONE_GROUP": True, "FOLDED": False}
     to_codes = types | {"y": "*u8", "out_scale": "*fp32", "out_zero": "*i32", "out_table": "*u8"}
-    for bits, gelu, table in itertools.product((4, 7, 8), (False, True), (False, True)):
-        constants = {"BITS": bits, "OFFSET": 128 if bits == 8 else 0, **LINEAR, **linear.TILE}
-        constants |= {"HAS_GELU": gelu, "QUANTIZES": True, "HAS_TABLE": table, "TOP": 255}
-        if not table:
+    usual = {"SCALE_STEP": 0, "ZERO_STEP": 0, "HAS_BIAS": True, "EVEN_K": True}
+    usual |= {"HAS_SHIFT": False, "weight_shift": None, "HAS_RESIDUAL": False, "residual": None}
+    kernel = linear.linear_kernel
+    cases = []
+    for ending, tile in [
+        (e, tile) for e in tiles.Ending for tile in sorted(tiles.of(e, capability))
+    ]:
+        constants, options = usual | tile.constants(), tile.options()
+        name = f"linear {ending.value} {'x'.join(map(str, tile))}"
+        if ending is tiles.Ending.VALUES:
+            whole = {**constants, "HAS_RESIDUAL": True, **values}
+            del whole["residual"]
+            cases.append(Case(name, kernel, types, whole, options))
+            continue
+        for gelu, table in itertools.product((False, True), (False, True)):
+            constants |= {"HAS_GELU": gelu, "QUANTIZES": True, "HAS_TABLE": table, "TOP": 255}
             constants["out_table"] = None
-        name = f"linear w{bits} to codes{' gelu' * gelu}{' table' * table}"
-        cases.append(Case(name, linear.linear_kernel, to_codes, constants, linear.OPTIONS))
-    unused = ("weight_zero", "row_bytes", "group_channels")
+            if table:
+                del constants["out_table"]
+            constants["ONE_GROUP"] = gelu or tile != tiles.SMALLEST
+            constants["FOLDED"] = tile != tiles.SMALLEST
+            kind = f"{' gelu' * gelu}{' table' * table}"
+            cases.append(Case(name + kind, kernel, to_codes, constants.copy(), options))
+    constants = {"SCALE_STEP": 1, "ZERO_STEP": 1, "HAS_BIAS": True, "EVEN_K": False}
+    constants |= {"HAS_SHIFT": True, "HAS_RESIDUAL": True, **values, **tiles.SMALLEST.constants()}
+    options = tiles.SMALLEST.options()
+    cases.append(Case("linear per token, shifted", kernel, types, constants, options))
+    unused = ("weight_shift", "weight_sums", "residual", "group_channels")
     types = {name: kind for name, kind in types.items() if name not in unused}
-    types |= {"weight": "*i8", "shift": "i32"}
+    types["shift"] = "i32"
     constants = LINEAR | linear_nested.TILE
     kernel, options = linear_nested.linear_nested_kernel, linear_nested.OPTIONS
     cases.append(Case("linear_nested", kernel, types, constants, options, unaligned=("shift",)))
@@ -136,7 +153,7 @@ def conv2d_cases() -> list[Case]:
     ]
 
 
-def attention_cases() -> list[Case]:
+def attention_cases(capability: int = 90) -> list[Case]:
     """Every kind of probabilities, with heads of every width that takes another tile."""
     types = {
         "qkv": "*u8",
@@ -145,7 +162,7 @@ def attention_cases() -> list[Case]:
         "added": "*fp32",
         "p_scale": "*fp32",
         "p_zero": "*i32",
-        "p_table": "*u8",
+        "p_table": "*fp16",
         "out_scale": "*fp32",
         "out_zero": "*i32",
         "out_table": "*u8",
@@ -158,7 +175,11 @@ def attention_cases() -> list[Case]:
         "log2": {"IS_LOG2": True, "P_TOP": 15, "p_zero": None, "p_table": None},
     }
     cases = []
-    for width, kind, added in itertools.product((32, 64, 96), kinds, (False, True)):
+    sizes = ((49, 32, 1), (49, 32, 999), (197, 64, 1), (197, 64, 999), (197, 96, 1), (577, 64, 1))
+    for (tokens, width, matrices), kind, added in itertools.product(sizes, kinds, (False, True)):
+        form = attention.form_of(
+            tokens, width, matrices, added=added, tuned=capability == tiles.TUNED_CAPABILITY
+        )
         constants = {
             "WIDTH": width,
             "HAS_ADDED": added,
@@ -166,13 +187,13 @@ def attention_cases() -> list[Case]:
             "HAS_OUT_TABLE": added,
             "OUT_TOP": 255 if added else 15,
             "BLOCK_D": attention.depth_of(width),
-            **attention.TILE,
+            **form.constants(),
             **kinds[kind],
         }
         if not added:
             constants |= {"added": None, "out_table": None}
-        name = f"attention {kind} d{width}{' added' * added}"
-        kernel, options = attention.attention_kernel, attention.OPTIONS
+        name = f"attention {kind} {tokens} d{width} x{matrices}{' added' * added}"
+        kernel, options = attention.attention_kernel, form.options()
         cases.append(Case(name, kernel, types, constants, options, unaligned=("tokens", "heads")))
     return cases
 
@@ -191,13 +212,14 @@ def layer_norm_cases() -> list[Case]:
         "eps": "fp32",
     }
     cases = []
-    for width, whole in ((96, True), (768, True), (768, False), (4096, True)):
-        block, warps = layer_norm.block_of(width)
+    sizes = ((1, 96, True), (1, 768, True), (9999, 768, False), (1, 4096, True), (9999, 4096, True))
+    for rows, width, whole in sizes:
+        block, warps = layer_norm.block_of(rows, width)
         constants = {"WIDTH": width, "TOP": 255, **block}
         constants |= dict.fromkeys(("HAS_WEIGHT", "HAS_BIAS", "HAS_TABLE"), whole)
         if not whole:
             constants |= dict.fromkeys(("weight", "bias", "table"))
-        name = f"layer_norm d{width}{' bare' * (not whole)}"
+        name = f"layer_norm {rows} d{width}{' bare' * (not whole)}"
         options = layer_norm.OPTIONS | {"num_warps": warps}
         kernel = layer_norm.layer_norm_quantize_kernel
         cases.append(Case(name, kernel, types, constants, options, unaligned=("rows", "eps")))
@@ -317,15 +339,18 @@ def other_cases() -> list[Case]:
 def compile_case(case: Case, capability: int) -> dict[str, object]:
     """Compiles one case and says what came out of it."""
     names = case.kernel.arg_names
+    constants = dict(case.constants)
+    if "OVERLAPS" in names:
+        constants["OVERLAPS"] = capability >= 90
     signature = {name: case.types.get(name, "constexpr") for name in names}
-    signature |= dict.fromkeys(case.constants, "constexpr")
+    signature |= dict.fromkeys(constants, "constexpr")
     aligned = [["tt.divisibility", 16]]
     attributes = {
         (index,): aligned
         for index, name in enumerate(names)
         if signature[name] != "constexpr" and name not in case.unaligned
     }
-    source = ASTSource(case.kernel, signature, constexprs=case.constants, attrs=attributes)
+    source = ASTSource(case.kernel, signature, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target, options=dict(case.options))
     ptx = compiled.asm["ptx"]
@@ -354,16 +379,16 @@ def stack_bytes(cubin: bytes) -> int | None:
     return max(int(value) for value in re.findall(r"STACK:(\d+)", usage.stdout + usage.stderr))
 
 
-def chosen() -> list[Case]:
+def chosen(capability: int) -> list[Case]:
     """All cases."""
-    layers = linear_cases() + conv2d_cases() + layer_norm_cases()
-    return layers + attention_cases() + other_cases()
+    layers = linear_cases(capability) + conv2d_cases() + layer_norm_cases()
+    return layers + attention_cases(capability) + other_cases()
 
 
 def main() -> None:
     """Compiles for the capabilities of the command line, by default 80, 90 and 100."""
     for capability in [int(word) for word in sys.argv[1:]] or [80, 90, 100]:
-        for case in chosen():
+        for case in chosen(capability):
             print(json.dumps(compile_case(case, capability)), flush=True)
 
 

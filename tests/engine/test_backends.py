@@ -102,10 +102,22 @@ def quantizers_of(draw, values, *, groups=1, bits, table=False):
     return torch.stack(scale), zero, tables
 
 
+@pytest.mark.parametrize("per_token", [False, True], ids=["tensor", "token"])
+def test_linear_adds_a_residual_last(per_token, draw, assert_equal_everywhere):
+    arguments = linear_arguments(draw, 77, 33, 70, bits=4, per_token=per_token)
+    sizes = {"weight_bits": 4, "in_features": 33}
+    residual = draw.floats(77, 70) * 1e3
+    y = assert_equal_everywhere(ops.linear, *arguments, draw.floats(70), **sizes, residual=residual)
+    plain = assert_equal_everywhere(ops.linear, *arguments, **sizes)
+    assert not torch.equal(y, plain)
+    alone = assert_equal_everywhere(ops.linear, *arguments, **sizes, residual=residual)
+    assert torch.equal(alone, plain + residual)
+
+
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("table", [False, True], ids=["uniform", "table"])
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_linear_quantize(bits, table, groups, draw, assert_equal_everywhere):
+def test_linear_quantize(bits, table, groups, draw, assert_equal_up_to_ties):
     for rows, features, channels in SIZES:
         channels *= groups
         arguments = linear_arguments(draw, rows, features, channels, bits=bits, per_token=rows > 64)
@@ -116,7 +128,9 @@ def test_linear_quantize(bits, table, groups, draw, assert_equal_everywhere):
         width = 8 if table else bits
         scale, zero, tables = quantizers_of(draw, values, groups=groups, bits=width, table=table)
         output = {"out_scale": scale, "out_zero": zero, "out_table": tables, "out_bits": width}
-        codes = assert_equal_everywhere(ops.linear_quantize, *arguments, **sizes, **output)
+        codes = assert_equal_up_to_ties(
+            ops.linear_quantize, *arguments, uniform=not table, **sizes, **output
+        )
         assert codes.shape == ((rows, channels) if groups == 1 else (3, rows, channels // 3))
         assert len(codes.unique()) > 2
         for group, part in enumerate(values.chunk(groups, dim=-1)):
@@ -150,10 +164,10 @@ def test_linear_quantize_after_gelu(rows, table, draw, assert_equal_up_to_ties):
         assert len(codes.unique()) > 4
 
 
-def test_linear_quantize_of_tokens_with_leading_dimensions(draw, assert_equal_everywhere):
+def test_linear_quantize_of_tokens_with_leading_dimensions(draw, assert_equal_up_to_ties):
     _, x_scale, x_zero, *weight = linear_arguments(draw, 1, 33, 66, bits=3, per_token=False)
     output = {"out_scale": draw.scales(3) * 99, "out_zero": draw.zeros(3), "out_bits": 8}
-    codes = assert_equal_everywhere(
+    codes = assert_equal_up_to_ties(
         ops.linear_quantize,
         draw.codes(2, 5, 33),
         x_scale,
@@ -249,6 +263,21 @@ def test_attention(kind, windows, draw, assert_equal_up_to_ties):
 def test_attention_on_the_tokens_of_a_picture(kind, draw, assert_equal_up_to_ties):
     arguments, options = attention_arguments(draw, (1, 197, 2, 64), kind)
     assert_equal_up_to_ties(ops.attention, *arguments, **options)
+
+
+@pytest.mark.parametrize("windows", [0, 2])
+@pytest.mark.parametrize("kind", ["uniform 8", "table", "log2 4"])
+def test_attention_in_many_heads(kind, windows, draw, assert_equal_up_to_ties, monkeypatch):
+    kernels = pytest.importorskip("qtool.engine.kernels.attention")
+    monkeypatch.setattr(kernels, "FILLED_MATRICES", 2)
+    arguments, options = attention_arguments(draw, (2, 100, 2, 16), kind, windows=windows)
+    assert_equal_up_to_ties(ops.attention, *arguments, uniform=kind != "table", **options)
+
+
+@pytest.mark.parametrize("kind", ["uniform 8", "table", "log2 4", "log2 8"])
+def test_attention_over_more_tokens_than_fit_at_once(kind, draw, assert_equal_up_to_ties):
+    arguments, options = attention_arguments(draw, (1, 300, 1, 32), kind)
+    assert_equal_up_to_ties(ops.attention, *arguments, uniform=kind != "table", **options)
 
 
 @pytest.mark.parametrize("kind", ["uniform 8", "log2 4"])

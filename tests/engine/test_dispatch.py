@@ -62,7 +62,7 @@ def test_interpreted_kernels_never_touch_gpu_tensors():
 
 
 def test_without_an_interpreter_triton_needs_a_gpu(monkeypatch):
-    monkeypatch.setattr(dispatch, "_INTERPRETED", False)
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     dispatch._triton_absence.cache_clear()
     assert dispatch.available()["triton"] == "no CUDA device was found"
@@ -73,7 +73,7 @@ def test_without_an_interpreter_triton_needs_a_gpu(monkeypatch):
 
 
 def test_a_gpu_older_than_the_kernels_gets_the_reference(monkeypatch):
-    monkeypatch.setattr(dispatch, "_INTERPRETED", False)
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
     monkeypatch.setattr(dispatch, "_triton_absence", lambda: "")
     monkeypatch.setattr(dispatch, "_capability", lambda index: (7, 5))
     dispatch.choose("linear", torch.device("cuda", 0))

@@ -36,6 +36,7 @@ def linear(
     bias: Tensor | None,
     weight_bits: int,
     in_features: int,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Integer linear layer; see `qtool.engine.ops.linear`."""
     codes = x.reshape(math.prod(x.shape[:-1]), in_features).contiguous()
@@ -45,7 +46,8 @@ def linear(
         y = packed.product(codes)
     else:
         y = _scaled(codes, x_scale, x_zero, *shared)
-    return y.view(*x.shape[:-1], len(weight))
+    y = y.view(*x.shape[:-1], len(weight))
+    return y if residual is None else y.add_(residual)
 
 
 def linear_quantize(

@@ -2,7 +2,7 @@
 
 The windows that a matrix product needs as rows are gathered while they are read; they never lie in
 memory. Padding is read as the code of zero, so the sums over rows that put the zero points right
-count it like any code.
+count it like any code. Windows that only lie side by side are a linear layer on patches.
 """
 
 from __future__ import annotations
@@ -15,12 +15,60 @@ import triton.language as tl
 from torch import Tensor
 
 from qtool.engine.geometry import output_size
-from qtool.engine.kernels.linear import unpacked
+from qtool.engine.kernels.linear import linear
 
 # WIDE for many output channels in a group, NARROW for depthwise kernels and few channels.
 WIDE = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}
 NARROW = {"BLOCK_M": 128, "BLOCK_N": 16, "BLOCK_K": 32}
 OPTIONS = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": False}
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _plane(
+    rows: tl.tensor,
+    valid: tl.tensor,
+    k_start: tl.tensor,
+    in_features: tl.tensor,
+    WIDTH: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> tl.tensor:
+    """Fields (BLOCK_N, BLOCK_K) of the plane that begins at the pointers `rows` (BLOCK_N,)."""
+    byte = k_start * WIDTH // 8 + tl.arange(0, BLOCK_K * WIDTH // 8)
+    inside = valid[:, None] & (byte < (in_features * WIDTH + 7) // 8)[None, :]
+    fields = tl.load(rows[:, None] + byte[None, :], mask=inside, other=0)
+    if WIDTH <= 4:
+        fields = tl.interleave(fields & 15, fields >> 4)
+    if WIDTH <= 2:
+        fields = tl.interleave(fields & 3, fields >> 2)
+    if WIDTH == 1:
+        fields = tl.interleave(fields & 1, fields >> 1)
+    return fields
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _unpacked(
+    rows: tl.tensor,
+    valid: tl.tensor,
+    k_start: tl.tensor,
+    in_features: tl.tensor,
+    BITS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> tl.tensor:
+    """Weights (BLOCK_N, BLOCK_K) as int8, zero past the last feature; 8-bit codes less 128."""
+    if BITS == 8:
+        codes = _plane(rows, valid, k_start, in_features, 8, BLOCK_K) ^ 128
+    else:
+        if BITS & 4:
+            codes = _plane(rows, valid, k_start, in_features, 4, BLOCK_K)
+            rows += (in_features + 1) // 2
+        if BITS & 2:
+            pairs = _plane(rows, valid, k_start, in_features, 2, BLOCK_K)
+            codes = (codes | (pairs << 4)) if BITS & 4 else pairs
+            rows += (in_features + 3) // 4
+        if BITS & 1:
+            codes |= _plane(rows, valid, k_start, in_features, 1, BLOCK_K) << (BITS - 1)
+    k = k_start + tl.arange(0, BLOCK_K)
+    return tl.where((k < in_features)[None, :], codes, 0).to(tl.int8, bitcast=True)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -92,7 +140,7 @@ def conv2d_kernel(
         codes = tl.where(there, codes, zero_code.to(tl.uint8))
         codes = tl.where(inside[None, :], codes ^ 128, 0)
         left = codes.to(tl.int8, bitcast=True)
-        right = unpacked(weight_rows, n_valid, k_start, terms, BITS, BLOCK_K)
+        right = _unpacked(weight_rows, n_valid, k_start, terms, BITS, BLOCK_K)
         sums = tl.dot(left, tl.trans(right), sums, out_dtype=tl.int32)
         x_sums += tl.sum(left.to(tl.int32), 1)
         weight_sums += tl.sum(right.to(tl.int32), 1)
@@ -124,10 +172,15 @@ def conv2d(
     groups: int,
 ) -> Tensor:
     """Integer convolution; see `qtool.engine.ops.conv2d`."""
-    x, weight = x.contiguous(), weight.contiguous()
     size = output_size(
         x.shape[2:], kernel=kernel, stride=stride, padding=padding, dilation=dilation
     )
+    if groups == 1 and (*kernel, 0, 0, 1, 1) == (*stride, *padding, *dilation):
+        shared = (weight, weight_scale, weight_zero, bias, weight_bits)
+        patches = _patches(x, size, kernel)
+        rows = linear(patches, x_scale, x_zero, *shared, patches.shape[-1])
+        return rows.permute(0, 3, 1, 2)
+    x, weight = x.contiguous(), weight.contiguous()
     y = weight_scale.new_empty(len(x), len(weight), *size)
     if y.numel() == 0:
         return y
@@ -168,3 +221,10 @@ def conv2d(
             **OPTIONS,
         )
     return y
+
+
+def _patches(x: Tensor, size: tuple[int, int], kernel: Sequence[int]) -> Tensor:
+    """What lies under the kernel at every place, (B, H', W', C * kernel area)."""
+    x = x[..., : size[0] * kernel[0], : size[1] * kernel[1]]
+    cut = x.reshape(*x.shape[:2], size[0], kernel[0], size[1], kernel[1])
+    return cut.permute(0, 2, 4, 1, 3, 5).flatten(3)

@@ -9,12 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qtool.engine.kernels.quantize_uniform import uniform_codes
+from qtool.engine.kernels.overlap import overlap, wait_for_inputs
+from qtool.engine.kernels.registers import levels_of, lifted_codes
 
-# Rows stay in registers: a program takes as many narrow ones, or as many warps for a wide one, as
-# leave each thread some eight to sixteen values.
-BLOCK_ELEMENTS = 1024
-WARP_ELEMENTS = 512
+FILLED_ROWS = 4096  # so many rows keep every multiprocessor busy
 OPTIONS = {"enable_fp_fusion": False}
 
 
@@ -34,10 +32,12 @@ def layer_norm_quantize_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_TABLE: tl.constexpr,
     TOP: tl.constexpr,
+    OVERLAPS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ) -> None:
     """Normalises and quantizes whole rows of `x` (rows, WIDTH)."""
+    wait_for_inputs(OVERLAPS)
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.arange(0, BLOCK_WIDTH)
     there = column < WIDTH
@@ -53,10 +53,10 @@ def layer_norm_quantize_kernel(
         values *= tl.load(weight + column, mask=there, other=0.0)[None, :]
     if HAS_BIAS:
         values += tl.load(bias + column, mask=there, other=0.0)[None, :]
-    code = uniform_codes(values, tl.load(scale), tl.load(zero_point).to(tl.float32), TOP)
-    if HAS_TABLE:
-        code = tl.load(table + code, mask=inside, other=0)
-    tl.store(codes + offsets, code.to(tl.uint8), mask=inside)
+    inverse, zero = tl.div_rn(1.0, tl.load(scale)), tl.load(zero_point).to(tl.float32)
+    lifted = lifted_codes(tl.fma(values, inverse, zero), TOP)
+    levels = levels_of(table, lifted) if HAS_TABLE else lifted.to(tl.uint8)
+    tl.store(codes + offsets, levels, mask=inside)
 
 
 def layer_norm_quantize(
@@ -75,7 +75,7 @@ def layer_norm_quantize(
     if x.numel() == 0:
         return codes
     rows, width = math.prod(x.shape[:-1]), x.shape[-1]
-    block, warps = block_of(width)
+    block, warps = block_of(rows, width)
     with torch.cuda.device_of(x):
         layer_norm_quantize_kernel[(triton.cdiv(rows, block["BLOCK_ROWS"]),)](
             x,
@@ -94,14 +94,21 @@ def layer_norm_quantize(
             TOP=2**bits - 1 if table is None else 255,
             num_warps=warps,
             **block,
+            **overlap(x.device),
             **OPTIONS,
         )
     return codes
 
 
-def block_of(width: int) -> tuple[dict[str, int], int]:
-    """The block of a program for rows of `width` values, and its warps."""
+def block_of(rows: int, width: int) -> tuple[dict[str, int], int]:
+    """The block of a program for rows of `width` values, and its warps.
+
+    Rows stay in registers. Where there are many, a warp takes two of 768 values, and a program as
+    many narrower ones or as many warps as come to the same; few rows are done sooner by more warps.
+    """
     padded = triton.next_power_of_2(width)
-    rows = max(1, BLOCK_ELEMENTS // padded)
-    warps = min(max(rows * padded // WARP_ELEMENTS, 4), 16)
-    return {"BLOCK_ROWS": rows, "BLOCK_WIDTH": padded}, warps
+    values = 2048 if rows >= FILLED_ROWS else 1024
+    block_rows = max(1, values // padded)
+    each = 2048 if rows >= FILLED_ROWS else 256
+    warps = min(max(block_rows * padded // each, 1), 16)
+    return {"BLOCK_ROWS": block_rows, "BLOCK_WIDTH": padded}, warps

@@ -1,72 +1,157 @@
-"""Triton: integer linear layer on int8 tensor cores, from packed weights to values or codes.
+"""Triton: integer linear layer on int8 tensor cores, ending in values or in codes.
 
-Both factors enter the product as int8, activations less 128. The zero points are put right once, at
-the end, from the sums of rows and columns.
+Weights are unpacked once, to int8 levels without zero points, and stay on the GPU beside the packed
+ones: taken apart in the product they would cost more than they save from some hundred rows on. Both
+factors enter the product as int8, activations less 128; what that adds is put right at the end,
+from the sums of the weights.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from qtool.engine.kernels.quantize_uniform import uniform_codes
+from qtool.engine.kernels.overlap import overlap, wait_for_inputs
+from qtool.engine.kernels.registers import exp2, levels_of, lifted_codes, reciprocal
+from qtool.engine.kernels.tiles import Ending, Tile, linear_tile
+from qtool.engine.kernels.unpack_codes import unpack_codes
+from qtool.engine.resident import derived
 
-# A tile that spills no registers on compute capability 8.0, 9.0 and 10.0. Multiplication and
-# addition stay apart, since fusing them would change the last bit.
-TILE = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}
-OPTIONS = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": False}
 
+class Resident(NamedTuple):
+    """Weights as the product takes them.
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _plane(
-    rows: tl.tensor,
-    valid: tl.tensor,
-    k_start: tl.tensor,
-    in_features: tl.tensor,
-    WIDTH: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-) -> tl.tensor:
-    """Fields (BLOCK_N, BLOCK_K) of the plane that begins at the pointers `rows` (BLOCK_N,)."""
-    byte = k_start * WIDTH // 8 + tl.arange(0, BLOCK_K * WIDTH // 8)
-    inside = valid[:, None] & (byte < (in_features * WIDTH + 7) // 8)[None, :]
-    fields = tl.load(rows[:, None] + byte[None, :], mask=inside, other=0)
-    if WIDTH <= 4:
-        fields = tl.interleave(fields & 15, fields >> 4)
-    if WIDTH <= 2:
-        fields = tl.interleave(fields & 3, fields >> 2)
-    if WIDTH == 1:
-        fields = tl.interleave(fields & 1, fields >> 1)
-    return fields
+    Attributes:
+        levels: Codes less their zero points, or less 128 where that leaves int8; int8 (N, K).
+        shift: What is left of the zero points, int32 (N,), or None.
+        sums: Sum of the levels less `shift` of every channel, int32 (N,).
+    """
+
+    levels: Tensor
+    shift: Tensor | None
+    sums: Tensor
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def unpacked(
+def _halves(sums: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """The left and the right half of the columns."""
+    parts = sums.reshape(sums.shape[0], 2, sums.shape[1] // 2).permute(0, 2, 1).split()
+    return parts[0], parts[1]
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _gelu(x: tl.tensor) -> tl.tensor:
+    """The product with the normal distribution function, within 6e-7 of it.
+
+    The logarithm (base 2) of its odds is x times a polynomial in x squared, fitted up to 5.5; what
+    lies beyond comes out as 0 and x. A third of the time of the error function.
+    """
+    square = x * x
+    odds = tl.fma(square, 5.209924047733239e-09, -3.850456380405376e-07)
+    odds = tl.fma(square, odds, 1.1452440048742574e-05)
+    odds = tl.fma(square, odds, -0.00015938948490656912)
+    odds = tl.fma(square, odds, -9.559270984027535e-05)
+    odds = tl.fma(square, odds, 0.10483857989311218)
+    odds = tl.fma(square, odds, 2.3022072315216064)
+    return x * reciprocal(1.0 + exp2(-x * odds))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _finish(
+    sums: tl.tensor,
+    x_sums: tl.tensor,
+    m_start: tl.tensor,
+    n_start: tl.tensor,
+    x_scale: tl.tensor,
+    x_zero: tl.tensor,
+    weight_shift: tl.tensor,
+    weight_sums: tl.tensor,
+    weight_scale: tl.tensor,
+    bias: tl.tensor,
+    residual: tl.tensor,
+    y: tl.tensor,
+    out_scale: tl.tensor,
+    out_zero: tl.tensor,
+    out_table: tl.tensor,
     rows: tl.tensor,
-    valid: tl.tensor,
-    k_start: tl.tensor,
-    in_features: tl.tensor,
-    BITS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-) -> tl.tensor:
-    """Weights (BLOCK_N, BLOCK_K) as int8, zero past the last feature; 8-bit codes less 128."""
-    if BITS == 8:
-        codes = _plane(rows, valid, k_start, in_features, 8, BLOCK_K) ^ 128
+    channels: tl.tensor,
+    group_channels: tl.tensor,
+    SCALE_STEP: tl.constexpr,
+    ZERO_STEP: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_GELU: tl.constexpr,
+    QUANTIZES: tl.constexpr,
+    FOLDED: tl.constexpr,
+    ONE_GROUP: tl.constexpr,
+    HAS_TABLE: tl.constexpr,
+    TOP: tl.constexpr,
+) -> None:
+    """From raw sums (M, N) to what is stored in `y`.
+
+    `FOLDED`: `weight_scale` and `bias` hold all that is done to sums up to the activation, or up to
+    codes where there is none.
+    """
+    m_inside, n_inside = tl.arange(0, sums.shape[0]), tl.arange(0, sums.shape[1])
+    m, n = m_start + m_inside, n_start + n_inside
+    m_valid, n_valid = m < rows, n < channels
+    valid = m_valid[:, None] & n_valid[None, :]
+    scale = tl.load(weight_scale + n, mask=n_valid, other=0.0)[None, :]
+    offset = tl.load(bias + n, mask=n_valid, other=0.0)[None, :] if HAS_BIAS else 0.0
+    if FOLDED:
+        values = tl.fma(sums.to(tl.float32), scale, offset)
     else:
-        if BITS & 4:
-            codes = _plane(rows, valid, k_start, in_features, 4, BLOCK_K)
-            rows += (in_features + 1) // 2
-        if BITS & 2:
-            pairs = _plane(rows, valid, k_start, in_features, 2, BLOCK_K)
-            codes = (codes | (pairs << 4)) if BITS & 4 else pairs
-            rows += (in_features + 3) // 4
-        if BITS & 1:
-            codes |= _plane(rows, valid, k_start, in_features, 1, BLOCK_K) << (BITS - 1)
-    k = k_start + tl.arange(0, BLOCK_K)
-    return tl.where((k < in_features)[None, :], codes, 0).to(tl.int8, bitcast=True)
+        column_sums = tl.load(weight_sums + n, mask=n_valid, other=0)
+        if ZERO_STEP:
+            zero = tl.load(x_zero + m, mask=m_valid, other=0) - 128
+            sums -= zero[:, None] * column_sums[None, :]
+        else:
+            sums -= ((tl.load(x_zero) - 128) * column_sums)[None, :]
+        if HAS_SHIFT:
+            sums -= x_sums[:, None] * tl.load(weight_shift + n, mask=n_valid, other=0)[None, :]
+        if SCALE_STEP:
+            scale = tl.load(x_scale + m, mask=m_valid, other=0.0)[:, None] * scale
+        else:
+            scale = tl.load(x_scale) * scale
+        values = sums.to(tl.float32) * scale
+        if HAS_BIAS:
+            values += offset
+    if QUANTIZES:
+        if ONE_GROUP:  # no registers for the quantizer of each column
+            group = n_start // group_channels
+            inside_group = tl.multiple_of(n_start % group_channels, 16) + n_inside
+        else:
+            group = (tl.where(n_valid, n, 0) // group_channels)[None, :]
+            inside_group = n % group_channels
+        if HAS_GELU:
+            values = _gelu(values)
+        if HAS_GELU or not FOLDED:
+            inverse = tl.div_rn(1.0, tl.load(out_scale + group))
+            values = tl.fma(values, inverse, tl.load(out_zero + group).to(tl.float32))
+        lifted = lifted_codes(values, TOP)
+        if not HAS_TABLE:
+            levels = lifted.to(tl.uint8)
+        elif ONE_GROUP:
+            levels = levels_of(out_table + group * 256, lifted)
+        else:
+            levels = levels_of(out_table, lifted + group * 256)
+        start = group.to(tl.int64) * rows + m_start
+        places = y + start * group_channels + m_inside[:, None] * group_channels
+        tl.store(places + inside_group[None, :], levels, mask=valid)
+    else:
+        first = m_start.to(tl.int64) * channels + n_start
+        inside = m_inside[:, None] * channels + n_inside[None, :]
+        if HAS_RESIDUAL:
+            values += tl.load(residual + first + inside, mask=valid, other=0.0)
+        tl.store(y + first + inside, values, mask=valid)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -75,9 +160,11 @@ def linear_kernel(
     x_scale: tl.tensor,
     x_zero: tl.tensor,
     weight: tl.tensor,
+    weight_shift: tl.tensor,
+    weight_sums: tl.tensor,
     weight_scale: tl.tensor,
-    weight_zero: tl.tensor,
     bias: tl.tensor,
+    residual: tl.tensor,
     y: tl.tensor,
     out_scale: tl.tensor,
     out_zero: tl.tensor,
@@ -85,70 +172,160 @@ def linear_kernel(
     rows: tl.tensor,
     channels: tl.tensor,
     in_features: tl.tensor,
-    row_bytes: tl.tensor,
     group_channels: tl.tensor,
     SCALE_STEP: tl.constexpr,
     ZERO_STEP: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     HAS_GELU: tl.constexpr,
     QUANTIZES: tl.constexpr,
+    FOLDED: tl.constexpr,
+    ONE_GROUP: tl.constexpr,
     HAS_TABLE: tl.constexpr,
     TOP: tl.constexpr,
-    BITS: tl.constexpr,
-    OFFSET: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    OVERLAPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BAND: tl.constexpr,
 ) -> None:
-    """Computes one tile of `y` (groups, rows, group_channels); int8 weights are codes - `OFFSET`.
+    """Computes one tile of `y` (groups, rows, group_channels).
 
     `QUANTIZES` makes codes of the values, with one quantizer for each group of output channels.
     """
-    blocks = tl.cdiv(channels, BLOCK_N)
-    program = tl.program_id(0)
-    m_start = (program // blocks).to(tl.int64) * BLOCK_M
-    n_start = (program % blocks).to(tl.int64) * BLOCK_N
+    # Programs walk down bands of `BAND` tiles, so that those at work share rows and channels.
+    m_blocks, n_blocks = tl.cdiv(rows, BLOCK_M), tl.cdiv(channels, BLOCK_N)
+    band = tl.program_id(0) // (BAND * n_blocks)
+    place = tl.program_id(0) % (BAND * n_blocks)
+    height = tl.minimum(m_blocks - band * BAND, BAND)
+    m_start, n_start = (band * BAND + place % height) * BLOCK_M, place // height * BLOCK_N
     m, n = m_start + tl.arange(0, BLOCK_M), n_start + tl.arange(0, BLOCK_N)
-    m_valid, n_valid = m < rows, n < channels
-    x_rows = x + m_start * in_features + tl.arange(0, BLOCK_M) * in_features
-    weight_rows = weight + n_start * row_bytes + tl.arange(0, BLOCK_N) * row_bytes
+    k = tl.arange(0, BLOCK_K)
+    # Rows past the last one are read from the first: nothing of them is written.
+    m, n = tl.where(m < rows, m, 0).to(tl.int64), tl.where(n < channels, n, 0)
+    x_tile = x + (m * in_features)[:, None] + k[None, :]
+    weight_tile = weight + (n * in_features)[None, :] + k[:, None]
+    wait_for_inputs(OVERLAPS)
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     x_sums = tl.zeros((BLOCK_M,), tl.int32)
-    weight_sums = tl.zeros((BLOCK_N,), tl.int32)
     for k_start in range(0, in_features, BLOCK_K):
-        k = k_start + tl.arange(0, BLOCK_K)
-        inside = k < in_features
-        codes = tl.load(
-            x_rows[:, None] + k[None, :], mask=m_valid[:, None] & inside[None, :], other=128
-        )
+        if EVEN_K:
+            codes, right = tl.load(x_tile), tl.load(weight_tile)
+        else:
+            inside = k_start + k < in_features
+            codes = tl.load(x_tile, mask=inside[None, :], other=128)
+            right = tl.load(weight_tile, mask=inside[:, None], other=0)
         left = (codes ^ 128).to(tl.int8, bitcast=True)
-        right = unpacked(weight_rows, n_valid, k_start, in_features, BITS, BLOCK_K)
-        sums = tl.dot(left, tl.trans(right), sums, out_dtype=tl.int32)
-        x_sums += tl.sum(left.to(tl.int32), 1)
-        weight_sums += tl.sum(right.to(tl.int32), 1)
-    zero = tl.load(x_zero + m * ZERO_STEP, mask=m_valid, other=0) - 128
-    weight_shift = tl.load(weight_zero + n, mask=n_valid, other=0) - OFFSET
-    column = weight_sums - in_features * weight_shift
-    sums -= x_sums[:, None] * weight_shift[None, :] + zero[:, None] * column[None, :]
-    scale = tl.load(x_scale + m * SCALE_STEP, mask=m_valid, other=0.0)
-    channel_scale = tl.load(weight_scale + n, mask=n_valid, other=0.0)
-    result = sums.to(tl.float32) * (scale[:, None] * channel_scale[None, :])
-    if HAS_BIAS:
-        result += tl.load(bias + n, mask=n_valid, other=0.0)[None, :]
-    if HAS_GELU:
-        result = 0.5 * result * (1.0 + tl.erf(result * 0.7071067811865476))
-    valid = m_valid[:, None] & n_valid[None, :]
-    if QUANTIZES:
-        group = n // group_channels
-        offsets = m[:, None] * group_channels + (group * rows * group_channels + n % group_channels)
-        step = tl.load(out_scale + group, mask=n_valid, other=1.0)
-        middle = tl.load(out_zero + group, mask=n_valid, other=0).to(tl.float32)
-        code = uniform_codes(result, step[None, :], middle[None, :], TOP)
-        if HAS_TABLE:
-            code = tl.load(out_table + group[None, :] * 256 + code, mask=valid, other=0)
-        tl.store(y + offsets, code.to(tl.uint8), mask=valid)
+        sums = tl.dot(left, right, sums, out_dtype=tl.int32)
+        if HAS_SHIFT:
+            x_sums += tl.sum(left.to(tl.int32), 1)
+        x_tile += BLOCK_K
+        weight_tile += BLOCK_K
+    # Wide tiles end piece by piece, each with registers for its own columns only.
+    if BLOCK_N <= 64:
+        _finish(
+            sums,
+            x_sums,
+            m_start,
+            n_start,
+            x_scale,
+            x_zero,
+            weight_shift,
+            weight_sums,
+            weight_scale,
+            bias,
+            residual,
+            y,
+            out_scale,
+            out_zero,
+            out_table,
+            rows,
+            channels,
+            group_channels,
+            SCALE_STEP,
+            ZERO_STEP,
+            HAS_SHIFT,
+            HAS_BIAS,
+            HAS_RESIDUAL,
+            HAS_GELU,
+            QUANTIZES,
+            FOLDED,
+            ONE_GROUP,
+            HAS_TABLE,
+            TOP,
+        )
+    elif BLOCK_N == 128:
+        left_sums, right_sums = _halves(sums)
+        for part in tl.static_range(2):
+            _finish(
+                left_sums if part == 0 else right_sums,
+                x_sums,
+                m_start,
+                n_start + part * (BLOCK_N // 2),
+                x_scale,
+                x_zero,
+                weight_shift,
+                weight_sums,
+                weight_scale,
+                bias,
+                residual,
+                y,
+                out_scale,
+                out_zero,
+                out_table,
+                rows,
+                channels,
+                group_channels,
+                SCALE_STEP,
+                ZERO_STEP,
+                HAS_SHIFT,
+                HAS_BIAS,
+                HAS_RESIDUAL,
+                HAS_GELU,
+                QUANTIZES,
+                FOLDED,
+                ONE_GROUP,
+                HAS_TABLE,
+                TOP,
+            )
     else:
-        tl.store(y + m[:, None] * channels + n[None, :], result, mask=valid)
+        left_sums, right_sums = _halves(sums)
+        first, second = _halves(left_sums)
+        third, fourth = _halves(right_sums)
+        for part in tl.static_range(4):
+            _finish(
+                first if part == 0 else second if part == 1 else third if part == 2 else fourth,
+                x_sums,
+                m_start,
+                n_start + part * (BLOCK_N // 4),
+                x_scale,
+                x_zero,
+                weight_shift,
+                weight_sums,
+                weight_scale,
+                bias,
+                residual,
+                y,
+                out_scale,
+                out_zero,
+                out_table,
+                rows,
+                channels,
+                group_channels,
+                SCALE_STEP,
+                ZERO_STEP,
+                HAS_SHIFT,
+                HAS_BIAS,
+                HAS_RESIDUAL,
+                HAS_GELU,
+                QUANTIZES,
+                FOLDED,
+                ONE_GROUP,
+                HAS_TABLE,
+                TOP,
+            )
 
 
 def linear(
@@ -161,11 +338,12 @@ def linear(
     bias: Tensor | None,
     weight_bits: int,
     in_features: int,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Integer linear layer; see `qtool.engine.ops.linear`."""
     y = weight_scale.new_empty(*x.shape[:-1], len(weight))
     parameters = (weight, weight_scale, weight_zero, bias, weight_bits, in_features)
-    return _launch(y, x, x_scale, x_zero, *parameters)
+    return _launch(y, x, x_scale, x_zero, *parameters, residual=residual)
 
 
 def linear_quantize(
@@ -209,22 +387,37 @@ def _launch(
     out_zero: Tensor | None = None,
     out_table: Tensor | None = None,
     out_bits: int = 8,
+    *,
+    residual: Tensor | None = None,
+    tile: Tile | None = None,
 ) -> Tensor:
     """Fills `y` with values, or with codes where there are quantizers for them."""
     if y.numel() == 0:
         return y
-    x, weight = x.contiguous(), weight.contiguous()
+    resident = derived(_unpacking(weight_bits, in_features), weight, weight_zero)
     rows, channels = math.prod(x.shape[:-1]), len(weight)
-    blocks = triton.cdiv(rows, TILE["BLOCK_M"]) * triton.cdiv(channels, TILE["BLOCK_N"])
+    ending = Ending.VALUES if out_scale is None else Ending.CODES
+    if tile is None:
+        tile = linear_tile(rows, channels, in_features, ending, x.device)
+    groups = 1 if out_scale is None else len(out_scale)
+    folded = x_scale.numel() == x_zero.numel() == 1 and resident.shift is None
+    if folded := folded and out_scale is not None and out_zero is not None:
+        parameters = [x_scale, x_zero, resident.sums, out_scale, out_zero]
+        if bias is not None:
+            parameters.append(bias)
+        weight_scale, bias = derived(_folding(activation), weight_scale, *parameters).unbind()
+    blocks = triton.cdiv(rows, tile.rows) * triton.cdiv(channels, tile.columns)
     with torch.cuda.device_of(x):
         linear_kernel[(blocks,)](
-            x,
+            x.contiguous(),
             x_scale.contiguous(),
             x_zero.contiguous(),
-            weight,
+            resident.levels,
+            resident.shift,
+            resident.sums,
             weight_scale.contiguous(),
-            weight_zero.contiguous(),
             None if bias is None else bias.contiguous(),
+            None if residual is None else residual.contiguous(),
             y,
             None if out_scale is None else out_scale.contiguous(),
             None if out_zero is None else out_zero.contiguous(),
@@ -232,18 +425,63 @@ def _launch(
             rows,
             channels,
             in_features,
-            weight.shape[1],
-            channels if out_scale is None else channels // len(out_scale),
+            channels // groups,
             SCALE_STEP=int(x_scale.numel() > 1),
             ZERO_STEP=int(x_zero.numel() > 1),
+            HAS_SHIFT=resident.shift is not None,
             HAS_BIAS=bias is not None,
+            HAS_RESIDUAL=residual is not None,
             HAS_GELU=activation == "gelu",
             QUANTIZES=out_scale is not None,
+            FOLDED=folded,
+            ONE_GROUP=groups == 1 or channels // groups % tile.columns == 0,
             HAS_TABLE=out_table is not None,
             TOP=2**out_bits - 1 if out_table is None else 255,
-            BITS=weight_bits,
-            OFFSET=128 if weight_bits == 8 else 0,
-            **TILE,
-            **OPTIONS,
+            EVEN_K=in_features % tile.depth == 0,
+            **tile.constants(),
+            **tile.options(),
+            **overlap(x.device),
         )
     return y
+
+
+@functools.cache
+def _unpacking(bits: int, in_features: int) -> Callable[[Tensor, Tensor], Resident]:
+    def unpack(weight: Tensor, weight_zero: Tensor) -> Resident:
+        codes = unpack_codes(weight, bits, in_features)
+        zeros = weight_zero[:, None].short()
+        if bits < 8 or bool((weight_zero == 128).all()):
+            levels, shift = (codes.short() - zeros).to(torch.int8), None
+        else:
+            levels, shift = (codes ^ 128).view(torch.int8), weight_zero - 128
+        sums = levels.sum(1, dtype=torch.int32)
+        return Resident(levels, shift, sums if shift is None else sums - in_features * shift)
+
+    return unpack
+
+
+@functools.cache
+def _folding(activation: str) -> Callable[..., Tensor]:
+    """What makes one factor and one addend of all that is done to the sums of a channel."""
+
+    def fold(
+        weight_scale: Tensor,
+        x_scale: Tensor,
+        x_zero: Tensor,
+        sums: Tensor,
+        out_scale: Tensor,
+        out_zero: Tensor,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        factor = weight_scale.double() * x_scale.double()
+        addend = (128 - x_zero.double()) * sums * factor
+        if bias is not None:
+            addend += bias
+        if activation == "none":
+            repeats = len(sums) // len(out_scale)
+            factor /= out_scale.repeat_interleave(repeats)
+            addend /= out_scale.repeat_interleave(repeats)
+            addend += out_zero.repeat_interleave(repeats)
+        return torch.stack([factor, addend]).float()
+
+    return fold

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = {"BLOCK_ROWS": 16, "BLOCK_WIDTH": 256}
+BLOCK = {"BLOCK_ROWS": 4, "BLOCK_WIDTH": 256}
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
