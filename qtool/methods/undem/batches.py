@@ -52,11 +52,13 @@ class Shares:
         mixed: Bands of real photographs laid on clean pictures.
         identity: Clean pictures that are to stay as they are.
         noise: Clean pictures with noise and JPEG blocks.
+        faint: Of the pairs, those whose moire is made weaker.
     """
 
     mixed: float = 0.3
-    identity: float = 0.15
-    noise: float = 0.1
+    identity: float = 0.2
+    noise: float = 0.08
+    faint: float = 0.5
 
 
 class MixedBatches:
@@ -107,13 +109,16 @@ class MixedBatches:
             return moire, clean
         both = turned(torch.cat([moire, clean]), draw)
         if draw.chance(0.5):
-            both = both[[2, 1, 0, 5, 4, 3]]
+            both = both.unflatten(0, (2, 3)).flip(1).flatten(0, 1)
         return both[:3], both[3:]
 
     def _pair(self, draw: Draw) -> tuple[Tensor, Tensor]:
         moire, clean = self.pairs[draw.index(len(self.pairs))]
         both = cropped(torch.cat([moire, clean]), self.crop, draw)
-        return both[:3], both[3:]
+        moire, clean = both[:3], both[3:]
+        if draw.chance(self.shares.faint):
+            moire = torch.lerp(clean, moire, draw.uniform(0.15, 1.0))
+        return moire, clean
 
     def _clean(self, draw: Draw) -> Tensor:
         """A part of a clean picture, at times reduced, or of the clean side of a pair."""
