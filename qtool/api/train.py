@@ -28,6 +28,9 @@ BUNDLED, NONE = "bundled", "none"
 HELD_OUT = 10
 """One of so many pictures is kept for measuring."""
 
+_PATTERN = 96
+"""Side of the band patterns: few photographs have larger parts that are flat and grey."""
+
 _WIDTHS = {"bandgate": ("width",), "esdnet_s": ("encoder_width", "decoder_width")}
 _RESIDUAL = ("esdnet", "esdnet_l")
 """Networks that learn from scratch what to add to their input: they start as the identity, which a
@@ -166,12 +169,12 @@ def _sources(
     patterns: tuple[list[Tensor], list[Tensor]] = ([], [])
     painted: tuple[list[BatchSource], list[BatchSource]] = ([], [])
     if settings.moire is not None:
-        photos = read_pictures(settings.moire, smallest=settings.crop)
+        photos = read_pictures(settings.moire, smallest=max(_PATTERN, settings.crop))
         facts["moire"] = len(photos)
         parts = near(photos, device).split(HELD_OUT)
         for found, part in zip(patterns, parts, strict=True):
             for photo in part:
-                found += flat_patterns(photo, size=settings.crop)
+                found += flat_patterns(photo, size=_PATTERN)
         facts["patterns"] = sum(map(len, patterns))
         if settings.generator is not None:
             for sources, part, pool in zip(painted, parts, (clean, held_clean), strict=True):

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from qtool.methods.undem import jpeg
 from qtool.methods.undem.capture import Draw
-from qtool.methods.undem.mixer import mixed, turned
+from qtool.methods.undem.mixer import mixed, spread, turned
 from qtool.methods.undem.sensor import noisy
 
 PairSequence = Sequence[tuple[Tensor, Tensor]]
@@ -67,7 +67,7 @@ class MixedBatches:
     Args:
         pairs: Moire and clean pictures of equal size, at least `crop` on each side.
         clean: Clean pictures, at least `crop` on each side; may be empty.
-        patterns: Gains from `flat_patterns`, at least `crop` on each side; may be empty.
+        patterns: Gains from `flat_patterns`, of any size; may be empty.
         crop: Side S of the samples.
         shares: How many of which kind.
         augment: Whether samples are turned, mirrored, and have red and blue swapped at times.
@@ -143,7 +143,8 @@ class MixedBatches:
         if draw.chance(0.5):
             clean = clean * draw.uniform(0.6, 1.0)
         pattern = self.patterns[draw.index(len(self.patterns))]
-        bands = turned(cropped(pattern, self.crop, draw), draw)
+        zoom = draw.uniform(0.7, 2.0) if draw.chance(0.5) else 1.0
+        bands = turned(cropped(spread(pattern, self.crop, zoom=zoom), self.crop, draw), draw)
         return mixed(clean, bands, strength=draw.uniform(0.5, 1.8)), clean
 
     def _identity(self, draw: Draw) -> tuple[Tensor, Tensor]:

@@ -99,7 +99,6 @@ class RestorationTrainer:
             lr=config.learning_rate,
             betas=(0.9, 0.99),
             weight_decay=1e-4,
-            fused=self.device.type == "cuda",
         )
 
     def step(self, done: float | None = None) -> Tensor | None:
