@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +82,19 @@ def train_demoire(settings: TrainDemoireSettings, progress: Progress | None = No
     """
     if not _check_output(settings):
         return Result(COMMAND, summary={"output": str(settings.out), "status": "skipped"})
+    started = time.monotonic()
     sweep(settings.out.parent)
     device = prepare(settings)
     name, arguments, network = _network(settings)
     train, held_out, facts = _sources(settings, device)
-    run = TrainRun(settings, network.to(device), train, held_out, identity=[name, arguments, facts])
+    run = TrainRun(
+        settings,
+        network.to(device),
+        train,
+        held_out,
+        identity=[name, arguments, facts],
+        started=started,
+    )
     run.train(progress)
     recipe = run.config.to_dict() | {"crop": settings.crop, "optimizer": "AdamW"}
     if settings.budget is not None:

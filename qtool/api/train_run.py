@@ -51,6 +51,7 @@ class TrainRun:
         train: Batches to train on.
         held_out: Batches to measure on.
         identity: What a run must have in common with the one whose state it takes up.
+        started: When the work began, on the monotonic clock; a budget counts from there.
     """
 
     def __init__(
@@ -61,7 +62,9 @@ class TrainRun:
         held_out: BatchSource,
         *,
         identity: list[Any],
+        started: float,
     ) -> None:
+        self.started = started
         self.settings, self.held_out = settings, held_out
         self.state_path = settings.out.with_name(f".{settings.out.name}.resume")
         self.device = next(network.parameters()).device
@@ -125,7 +128,8 @@ class TrainRun:
         self.network.load_state_dict(before)
         # A measurement costs about as much as its samples in training, forward only.
         measuring = _HELD_OUT_SAMPLES / self.settings.batch_size / 3 / self.settings.save_every
-        steps = max(1, int(60 * minutes / (seconds * (1 + measuring))))
+        left = max(0.0, 60 * minutes - (time.monotonic() - self.started))
+        steps = max(1, int(left / (seconds * (1 + measuring))))
         notice.info("plan: %.2f s a step, %d steps in %g minutes", seconds, steps, minutes)
         return steps
 
@@ -162,7 +166,7 @@ class TrainRun:
     def train(self, progress: Progress | None) -> None:
         """Train to the end, keeping the weights that did best on held-out samples."""
         steps, limit = self.config.steps, 60 * (self.settings.budget or 0)
-        before, started, saved = self.seconds, time.monotonic(), time.monotonic()
+        before, started, saved = self.seconds, self.started, time.monotonic()
         loss, measuring = 0.0, 0.0
         ended = self.seconds >= limit if limit else self.trainer.step_index >= steps
         while not ended:

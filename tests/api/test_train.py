@@ -171,11 +171,11 @@ def test_a_plan_counts_and_writes_nothing():
 
 def test_a_budget_is_kept_by_the_clock(monkeypatch):
     monkeypatch.setattr(train_run.TrainRun, "_affordable", lambda run, minutes: 1)
-    result = train_demoire(settings(budget=0.02, save_every=1000))
+    result = train_demoire(settings(budget=0.08, save_every=1000))
     assert result.summary["steps"] > 1
-    assert 1.0 < result.summary["seconds"] < 20
+    assert 4.0 < result.summary["seconds"] < 40
     loaded = demoire_weights.load_network(Path("w.safetensors"))
-    assert loaded.provenance["recipe"]["minutes"] == 0.02
+    assert loaded.provenance["recipe"]["minutes"] == 0.08
     assert loaded.provenance["recipe"]["steps"] == result.summary["steps"]
 
 
