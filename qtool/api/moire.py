@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qtool.api.moire_data import CLEAN, MOIRE, read_pictures
+from qtool.api.moire_data import CLEAN, MOIRE, near, read_pictures
 from qtool.api.moire_training import adopt, learn
-from qtool.api.runtime import planned_device, prepare
+from qtool.api.runtime import choose_device, planned_device, prepare
 from qtool.api.synthesize import sheet_png
 from qtool.errors import Progress, QtoolError
 from qtool.io import folders, images
@@ -32,6 +35,8 @@ COMMAND = "synthesize moire"
 
 _SHOWN = 8
 _TRIES = 20
+_CHUNK = 4
+"""Pairs that a process makes at a time."""
 
 
 def plan_moire(settings: MoireSettings) -> Result:
@@ -49,7 +54,8 @@ def plan_moire(settings: MoireSettings) -> Result:
         "count": settings.count,
         "patch_size": settings.patch_size,
         "pictures": counts,
-        "training_steps": 0 if settings.simulate or settings.generator else settings.steps,
+        "training_steps": _training_steps(settings),
+        "budget_minutes": settings.budget,
         "device": planned_device(settings),
         "output": str(settings.out),
         "skipped": False,
@@ -89,7 +95,7 @@ def synthesize_moire(settings: MoireSettings, progress: Progress | None = None) 
         "seed": settings.seed,
     }
     if settings.simulate:
-        items, shown = _simulate(settings, device, progress)
+        items, shown = _simulate(settings, progress)
     else:
         items, shown, facts = _paint(settings, device, progress)
         summary |= facts
@@ -108,6 +114,12 @@ def _method(settings: MoireSettings) -> str:
     return "simulated" if settings.simulate else "undem"
 
 
+def _training_steps(settings: MoireSettings) -> int | None:
+    if settings.simulate or settings.generator:
+        return 0
+    return None if settings.budget else settings.steps
+
+
 def _check_folder(settings: MoireSettings) -> bool:
     return folders.check_output(
         settings.out,
@@ -118,34 +130,81 @@ def _check_folder(settings: MoireSettings) -> bool:
 
 
 def _simulate(
-    settings: MoireSettings, device: torch.device, progress: Progress | None
+    settings: MoireSettings, progress: Progress | None
 ) -> tuple[list[dict[str, Any]], Tensor]:
-    pictures: Sequence[Tensor] = ()
-    if settings.clean is not None:
-        pictures = read_pictures(settings.clean, smallest=48)
-    items: list[dict[str, Any]] = []
+    items = [_item(settings.out, index) for index in range(settings.count)]
     shown: list[tuple[Tensor, Tensor]] = []
-    for index in range(settings.count):
-        done = settings.resume and _pair_paths(settings.out, index)[-1].exists()
-        if not done or len(shown) < _SHOWN:
-            pair = simulated_pair(
-                pictures,
-                size=settings.patch_size,
-                seed=settings.seed,
-                index=index,
-                page_share=settings.pages,
-                tone=settings.tone,
-                device=device,
-            )
-            shown.append((pair.moire.cpu(), pair.clean.cpu()))
-            facts = {"source": pair.source, "capture": pair.capture.to_dict()}
-        items.append(_item(settings.out, index))
-        if not done:
-            _write_pair(settings.out, index, *shown[-1], facts)
-        del shown[_SHOWN:]
-        if progress is not None:
-            progress("simulate", index + 1, settings.count)
+    with ExitStack() as stack:
+        for done, pair in enumerate(_simulated(settings, stack), start=1):
+            if pair is not None:
+                shown.append(pair)
+            if progress is not None:
+                progress("simulate", done, settings.count)
     return items, _sheet(shown)
+
+
+def _simulated(settings: MoireSettings, stack: ExitStack) -> Iterator[tuple[Tensor, Tensor] | None]:
+    """Make all pairs, in this process or in `workers` others; hand out those of the sheet."""
+    indices = range(settings.count)
+    if not settings.workers:
+        return map(_Simulator(settings), indices)
+    pool = ProcessPoolExecutor(
+        settings.workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_become_worker,
+        initargs=(settings,),
+    )
+    stack.callback(pool.shutdown, cancel_futures=True)
+    return pool.map(_made_by_worker, indices, chunksize=_CHUNK)
+
+
+class _Simulator:
+    """Makes the pairs of a run by number, each the same whoever makes it.
+
+    Args:
+        settings: The run.
+    """
+
+    def __init__(self, settings: MoireSettings) -> None:
+        self.settings = settings
+        self.device = choose_device(settings.device)
+        self.pictures: Sequence[Tensor] = ()
+        if settings.clean is not None:
+            self.pictures = near(read_pictures(settings.clean, smallest=48), self.device)
+
+    def __call__(self, index: int) -> tuple[Tensor, Tensor] | None:
+        """Write a pair unless a stopped run has; return one that the sheet shows."""
+        settings = self.settings
+        done = settings.resume and _pair_paths(settings.out, index)[-1].exists()
+        if done and index >= _SHOWN:
+            return None
+        pair = simulated_pair(
+            self.pictures,
+            size=settings.patch_size,
+            seed=settings.seed,
+            index=index,
+            page_share=settings.pages,
+            tone=settings.tone,
+            device=self.device,
+        )
+        both = pair.moire.cpu(), pair.clean.cpu()
+        if not done:
+            facts = {"source": pair.source, "capture": pair.capture.to_dict()}
+            _write_pair(settings.out, index, *both, facts)
+        return both if index < _SHOWN else None
+
+
+_workers: list[_Simulator] = []
+"""In a process of the pool: the one simulator it has."""
+
+
+def _become_worker(settings: MoireSettings) -> None:
+    torch.set_num_threads(1)
+    _workers.append(_Simulator(settings))
+
+
+def _made_by_worker(index: int) -> tuple[Tensor, Tensor] | None:
+    return _workers[0](index)
 
 
 def _paint(
@@ -153,8 +212,8 @@ def _paint(
 ) -> tuple[list[dict[str, Any]], Tensor, dict[str, Any]]:
     if settings.moire is None or settings.clean is None:  # the settings refuse this
         raise QtoolError("photographs with and without moire are missing")
-    moire = read_pictures(settings.moire, smallest=settings.patch_size)
-    clean = read_pictures(settings.clean, smallest=settings.patch_size)
+    moire = near(read_pictures(settings.moire, smallest=settings.patch_size), device)
+    clean = near(read_pictures(settings.clean, smallest=settings.patch_size), device)
     if settings.generator is not None:
         learnt = adopt(settings.generator, moire, crop=settings.patch_size, device=device)
     else:
@@ -178,7 +237,7 @@ def _paint(
         drawn += 1
         if not bool(batch.kept[0]):
             continue
-        pair = batch.moire[0].cpu(), batch.clean[0]
+        pair = batch.moire[0].cpu(), batch.clean[0].cpu()
         facts = {"group": group, "damage": round(float(damage(pair[1][None], pair[0][None])), 4)}
         _write_pair(settings.out, len(items), *pair, facts)
         items.append(_item(settings.out, len(items)))

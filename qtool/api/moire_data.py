@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ MOIRE, CLEAN = "moire", "clean"
 """Sub-folders of a folder of pairs."""
 
 _LARGEST = 1536
+_READERS = 8
 _GENERATOR_KEY = "qtool.moire_generator"
 
 
@@ -47,6 +50,15 @@ class Pictures(Sequence[Tensor]):
         if isinstance(index, slice):
             return Pictures(self._stored[index])
         return self._stored[index].float() / 255
+
+    @property
+    def size(self) -> int:
+        """Bytes that all pictures take."""
+        return sum(picture.numel() for picture in self._stored)
+
+    def to(self, device: torch.device) -> Pictures:
+        """The same pictures, held by a device."""
+        return Pictures([picture.to(device, non_blocking=True) for picture in self._stored])
 
     def split(self, every: int) -> tuple[Pictures, Pictures]:
         """All but every n-th picture, and every n-th; a single picture is in both."""
@@ -79,10 +91,22 @@ class Pairs(Sequence[tuple[Tensor, Tensor]]):
             return Pairs(self.moire[index], self.clean[index])
         return self.moire[index], self.clean[index]
 
+    @property
+    def size(self) -> int:
+        """Bytes that all pairs take."""
+        return self.moire.size + self.clean.size
+
+    def to(self, device: torch.device) -> Pairs:
+        """The same pairs, held by a device."""
+        return Pairs(self.moire.to(device), self.clean.to(device))
+
     def split(self, every: int) -> tuple[Pairs, Pairs]:
         """All but every n-th pair, and every n-th."""
         (moire, held_moire), (clean, held_clean) = self.moire.split(every), self.clean.split(every)
         return Pairs(moire, clean), Pairs(held_moire, held_clean)
+
+
+Holder = TypeVar("Holder", Pictures, Pairs)
 
 
 def read_pictures(folder: Path, *, smallest: int) -> Pictures:
@@ -96,7 +120,7 @@ def read_pictures(folder: Path, *, smallest: int) -> Pictures:
         UsageError: There is no picture that is large enough.
         ImageError: One cannot be read.
     """
-    found = [_bytes(path) for path in folders.find_images(folder)]
+    found = _read(folders.find_images(folder))
     large = [_middle(picture) for picture in found if min(picture.shape[-2:]) >= smallest]
     if not large:
         raise UsageError(
@@ -124,8 +148,9 @@ def read_pairs(folder: Path, *, smallest: int) -> Pairs:
             remedy="pairs have the same name in both folders",
         )
     moire, clean = [], []
-    for name, path in sides[MOIRE].items():
-        first, second = _bytes(path), _bytes(sides[CLEAN][name])
+    names = list(sides[MOIRE])
+    firsts, seconds = (_read([side[name] for name in names]) for side in sides.values())
+    for name, first, second in zip(names, firsts, seconds, strict=True):
         if first.shape != second.shape:
             raise UsageError(
                 f"the two pictures {name!r} in {folder} differ in size",
@@ -140,6 +165,19 @@ def read_pairs(folder: Path, *, smallest: int) -> Pairs:
             remedy="make larger pairs, or choose a smaller --crop",
         )
     return Pairs(Pictures(moire), Pictures(clean))
+
+
+def near(pictures: Holder, device: torch.device) -> Holder:
+    """Pictures where they are used: held by a GPU if a quarter of its free memory takes them."""
+    if device.type != "cuda" or pictures.size > torch.cuda.mem_get_info(device)[0] // 4:
+        return pictures
+    return pictures.to(device)
+
+
+def _read(paths: Sequence[Path]) -> list[Tensor]:
+    """Pictures as bytes, in the order of their paths; decoding leaves Python's lock to others."""
+    with ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1)) as pool:
+        return list(pool.map(_bytes, paths))
 
 
 def _bytes(path: Path) -> Tensor:

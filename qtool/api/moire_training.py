@@ -29,6 +29,7 @@ PROBES = 20
 _SAVE_SECONDS = 60.0
 _THRESHOLD_SAMPLES = 256
 _BEST = "best/"
+_SECONDS = "seconds"
 _PATCH_CROPS = 2
 
 
@@ -142,7 +143,11 @@ def learn(
             variant="own",
             patch=side,
             crop=settings.patch_size,
-            provenance={"steps": settings.steps, "seed": settings.seed, "groups": facts},
+            provenance={
+                "pictures": [len(moire), len(clean)],
+                "seed": settings.seed,
+                "groups": facts,
+            },
             overwrite=settings.overwrite or settings.resume,
         )
     return Learnt(
@@ -190,6 +195,8 @@ class _Training:
         )
         self.game = MoireSynthesizer(moire, clean, self.config, device=device)
         self.best: dict[str, Tensor] = {}
+        self.limit = 60 * (settings.budget or 0) / groups
+        self.seconds = 0.0
         if settings.resume and self.path.exists():
             self._load()
 
@@ -200,30 +207,40 @@ class _Training:
                 f"{self.path} was left by a run with other settings",
                 remedy="repeat the settings of that run, or delete the file to start again",
             )
+        self.seconds = float(metadata.get(_SECONDS, 0))
         self.best = {k[len(_BEST) :]: v for k, v in tensors.items() if k.startswith(_BEST)}
         self.game.load_state({k: v for k, v in tensors.items() if not k.startswith(_BEST)})
 
     def _save(self) -> None:
         tensors = self.game.state() | {f"{_BEST}{k}": v for k, v in self.best.items()}
-        container.write_container(self.path, {"identity": self.identity}, tensors, overwrite=True)
+        metadata = {"identity": self.identity, _SECONDS: str(self.seconds)}
+        container.write_container(self.path, metadata, tensors, overwrite=True)
 
     def run(self, progress: Progress | None) -> dict[str, Tensor]:
         """Train to the end and return the best painter's weights."""
-        steps = self.config.steps
-        every = max(1, steps // PROBES)
-        saved = time.monotonic()
-        while self.game.step_index < steps:
-            losses = self.game.step()
-            step = self.game.step_index
-            if step % every == 0 or step == steps:
+        before, started, saved = self.seconds, time.monotonic(), time.monotonic()
+        done = self._done()
+        while done < 1:
+            losses = self.game.step(done if self.limit else None)
+            self.seconds = before + time.monotonic() - started
+            probed, done = int(PROBES * done), self._done()
+            if int(PROBES * done) > probed or done >= 1:
                 self._probe()
             if progress is not None:
+                total = round(self.limit) or self.config.steps
+                now = min(total, round(done * total))
                 note = f"group {self.group + 1}, content {losses['content']:.2f}"
-                progress("learn", self.group * steps + step, self.groups * steps, note)
-            if time.monotonic() - saved > _SAVE_SECONDS or step == steps:
+                progress("learn", self.group * total + now, self.groups * total, note)
+            if time.monotonic() - saved > _SAVE_SECONDS or done >= 1:
                 saved = time.monotonic()
                 self._save()
         return self.best
+
+    def _done(self) -> float:
+        """Share of the work that is done, by the clock where there is a budget."""
+        if self.limit:
+            return self.seconds / self.limit
+        return self.game.step_index / self.config.steps
 
     def _probe(self) -> None:
         self.game.probe()
@@ -236,6 +253,7 @@ class _Training:
         """What the chosen painter was judged to be."""
         probe = self.game.probes[best_probe(self.game.probes)]
         return {
+            "steps": self.game.step_index,
             "feature": round(probe.feature, 4),
             "content": round(probe.content, 4),
             "belief": round(probe.belief, 4),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -10,21 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtool.api.moire_data import read_pairs, read_pictures
+from qtool.api.moire_data import near, read_pairs, read_pictures
 from qtool.api.moire_training import adopt
-from qtool.api.runtime import bfloat16_is_faster, notice, planned_device, prepare
-from qtool.api.synthesize import read_tensor_file
-from qtool.errors import CheckpointError, Progress, UsageError
+from qtool.api.runtime import planned_device, prepare
+from qtool.api.train_run import TrainRun
+from qtool.errors import Progress, UsageError
 from qtool.io import container, folders
 from qtool.io.atomic import sweep
 from qtool.methods.undem.batches import BatchSource, InTurn, MixedBatches, Shares
 from qtool.methods.undem.denoise import PaintedBatches
 from qtool.methods.undem.mixer import flat_patterns
-from qtool.methods.undem.training import (
-    RestorationTrainer,
-    TrainingConfig,
-    held_out_psnr,
-)
 from qtool.models import demoire, demoire_weights
 from qtool.report import Result, Table
 from qtool.settings.train import TrainDemoireSettings
@@ -35,12 +29,13 @@ BUNDLED, NONE = "bundled", "none"
 HELD_OUT = 10
 """One of so many pictures is kept for measuring."""
 
+_PATTERN = 96
+"""Side of the band patterns: few photographs have larger parts that are flat and grey."""
+
 _WIDTHS = {"bandgate": ("width",), "esdnet_s": ("encoder_width", "decoder_width")}
-_HELD_OUT_SAMPLES = 64
-_TRIAL_STEPS = 3
-_SAVE_SECONDS = 60.0
-_BEST = "best/"
-_FACTS = "facts"
+_RESIDUAL = ("esdnet", "esdnet_l")
+"""Networks that learn from scratch what to add to their input: they start as the identity, which a
+short training never reaches otherwise."""
 
 
 def plan_demoire(settings: TrainDemoireSettings) -> Result:
@@ -87,16 +82,27 @@ def train_demoire(settings: TrainDemoireSettings, progress: Progress | None = No
     """
     if not _check_output(settings):
         return Result(COMMAND, summary={"output": str(settings.out), "status": "skipped"})
+    started = time.monotonic()
     sweep(settings.out.parent)
     device = prepare(settings)
     name, arguments, network = _network(settings)
     train, held_out, facts = _sources(settings, device)
-    run = _Run(settings, network.to(device), train, held_out, identity=[name, arguments, facts])
+    run = TrainRun(
+        settings,
+        network.to(device),
+        train,
+        held_out,
+        identity=[name, arguments, facts],
+        started=started,
+    )
     run.train(progress)
+    recipe = run.config.to_dict() | {"crop": settings.crop, "optimizer": "AdamW"}
+    if settings.budget is not None:
+        recipe |= {"steps": run.trainer.step_index, "minutes": settings.budget}
     provenance = {
         "data": facts,
         "init": settings.init,
-        "recipe": run.config.to_dict() | {"crop": settings.crop, "optimizer": "AdamW"},
+        "recipe": recipe,
         "steps_done": run.best_step,
         "seed": settings.seed,
         "held_out_psnr": run.scores,
@@ -107,7 +113,7 @@ def train_demoire(settings: TrainDemoireSettings, progress: Progress | None = No
     run.state_path.unlink(missing_ok=True)
     summary = {
         "model": name,
-        "steps": run.config.steps,
+        "steps": run.trainer.step_index,
         "best_step": run.best_step,
         "held_out_psnr": run.scores,
         "gain": round(run.scores["after"] - run.scores["untouched"], 3),
@@ -140,6 +146,8 @@ def _network(settings: TrainDemoireSettings) -> tuple[str, dict[str, Any], nn.Mo
         wanted = dict.fromkeys(_WIDTHS[settings.model], settings.width)
     if settings.init == NONE:
         arguments = {**demoire.find(settings.model).arguments, **wanted}
+        if settings.model in _RESIDUAL:
+            arguments["residual"] = True
         return settings.model, arguments, demoire.build(settings.model, arguments)
     if wanted:
         raise UsageError(
@@ -161,21 +169,21 @@ def _sources(
     if settings.pairs is not None:
         whole = read_pairs(settings.pairs, smallest=settings.crop)
         facts["pairs"] = len(whole)
-        pairs, held_pairs = whole.split(HELD_OUT)
+        pairs, held_pairs = near(whole, device).split(HELD_OUT)
     clean = held_clean = None
     if settings.clean is not None:
         pictures = read_pictures(settings.clean, smallest=settings.crop)
         facts["clean"] = len(pictures)
-        clean, held_clean = pictures.split(HELD_OUT)
+        clean, held_clean = near(pictures, device).split(HELD_OUT)
     patterns: tuple[list[Tensor], list[Tensor]] = ([], [])
     painted: tuple[list[BatchSource], list[BatchSource]] = ([], [])
     if settings.moire is not None:
-        photos = read_pictures(settings.moire, smallest=settings.crop)
+        photos = read_pictures(settings.moire, smallest=max(_PATTERN, settings.crop))
         facts["moire"] = len(photos)
-        parts = photos.split(HELD_OUT)
+        parts = near(photos, device).split(HELD_OUT)
         for found, part in zip(patterns, parts, strict=True):
             for photo in part:
-                found += flat_patterns(photo, size=settings.crop)
+                found += flat_patterns(photo, size=_PATTERN)
         facts["patterns"] = sum(map(len, patterns))
         if settings.generator is not None:
             for sources, part, pool in zip(painted, parts, (clean, held_clean), strict=True):
@@ -210,139 +218,3 @@ def _sources(
 
 def _shares(*, mixed_only: bool) -> Shares:
     return Shares(mixed=0.75) if mixed_only else Shares()
-
-
-class _Untouched(nn.Module):
-    """The network that does nothing, to compare with."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.anchor = nn.Parameter(torch.zeros(()))
-
-    def forward(self, x: Tensor) -> tuple[Tensor]:
-        return (x,)
-
-
-class _Run:
-    """One training with measurements, a state file and the best weights so far."""
-
-    def __init__(
-        self,
-        settings: TrainDemoireSettings,
-        network: nn.Module,
-        train: BatchSource,
-        held_out: BatchSource,
-        *,
-        identity: list[Any],
-    ) -> None:
-        self.settings, self.held_out = settings, held_out
-        self.state_path = settings.out.with_name(f".{settings.out.name}.resume")
-        self.device = next(network.parameters()).device
-        self.config = self._configured(settings.steps)
-        self.source = train
-        self.network = network
-        self.scores = {
-            "untouched": self._score(_Untouched()),
-            "before": self._score(network.eval()),
-        }
-        self.scores["after"] = self.scores["before"]
-        self.best = {key: value.cpu().clone() for key, value in network.state_dict().items()}
-        self.best_step = 0
-        self.seconds = 0.0
-        self.identity = json.dumps([*identity, settings.batch_size, settings.seed], sort_keys=True)
-        saved = self._read() if settings.resume and self.state_path.exists() else None
-        if saved is not None:
-            self.config = self._configured(saved[0]["steps"])
-        elif settings.budget is not None:
-            self.config = self._configured(self._affordable(settings.budget))
-        notice.info(
-            "plan: %d steps of %d samples of %d pixels",
-            self.config.steps,
-            settings.batch_size,
-            settings.crop,
-        )
-        self.trainer = RestorationTrainer(network, train, self.config)
-        if saved is not None:
-            self._take_up(*saved)
-
-    def _configured(self, steps: int) -> TrainingConfig:
-        return TrainingConfig(
-            steps=steps,
-            batch_size=self.settings.batch_size,
-            learning_rate=self.settings.learning_rate,
-            warmup=min(50, max(1, steps // 10)),
-            seed=self.settings.seed,
-            bfloat16=bfloat16_is_faster(self.device),
-        )
-
-    def _score(self, network: nn.Module) -> float:
-        psnr = held_out_psnr(
-            network.to(self.device), self.held_out, count=_HELD_OUT_SAMPLES, seed=self.settings.seed
-        )
-        return round(psnr, 3)
-
-    def _affordable(self, minutes: float) -> int:
-        """Steps that fit into a budget, from a few trial steps whose result is thrown away."""
-        before = {key: value.clone() for key, value in self.network.state_dict().items()}
-        trial = RestorationTrainer(self.network, self.source, self.config)
-        trial.step()
-        started = time.monotonic()
-        for _ in range(_TRIAL_STEPS):
-            trial.step()
-        seconds = (time.monotonic() - started) / _TRIAL_STEPS
-        self.network.load_state_dict(before)
-        # A measurement costs about as much as its samples in training, forward only.
-        measuring = _HELD_OUT_SAMPLES / self.settings.batch_size / 3 / self.settings.save_every
-        steps = max(1, int(60 * minutes / (seconds * (1 + measuring))))
-        notice.info("plan: %.2f s a step, %d steps in %g minutes", seconds, steps, minutes)
-        return steps
-
-    def _read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        metadata, tensors = read_tensor_file(self.state_path)
-        if metadata.get("identity") != self.identity:
-            raise CheckpointError(
-                f"{self.state_path} was left by a run with other settings or pictures",
-                remedy="repeat the settings of that run, or delete the file to start again",
-            )
-        return container.strict_json(metadata[_FACTS]), tensors
-
-    def _take_up(self, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        self.scores, self.best_step = facts["scores"], facts["best_step"]
-        self.best = {k[len(_BEST) :]: v for k, v in tensors.items() if k.startswith(_BEST)}
-        self.trainer.load_state({k: v for k, v in tensors.items() if not k.startswith(_BEST)})
-
-    def _save(self) -> None:
-        facts = {
-            "steps": self.config.steps,
-            "scores": self.scores,
-            "best_step": self.best_step,
-        }
-        tensors = self.trainer.state() | {f"{_BEST}{k}": v for k, v in self.best.items()}
-        metadata = {"identity": self.identity, _FACTS: json.dumps(facts)}
-        container.write_container(self.state_path, metadata, tensors, overwrite=True)
-
-    def train(self, progress: Progress | None) -> None:
-        """Train to the end, keeping the weights that did best on held-out samples."""
-        started = saved = time.monotonic()
-        steps = self.config.steps
-        loss = 0.0
-        while self.trainer.step_index < steps:
-            loss = self.trainer.step() or loss
-            step = self.trainer.step_index
-            measured = step % self.settings.save_every == 0 or step == steps
-            if measured:
-                self._measure(step)
-            if progress is not None:
-                note = f"loss {loss:.3f}, held out {self.scores['after']:.2f} dB"
-                progress("train", step, steps, note)
-            if measured or time.monotonic() - saved > _SAVE_SECONDS:
-                saved = time.monotonic()
-                self._save()
-        self.seconds = time.monotonic() - started
-
-    def _measure(self, step: int) -> None:
-        score = self._score(self.trainer.average)
-        if score > self.scores["after"]:
-            average = self.trainer.average.state_dict()
-            self.best = {key: value.cpu().clone() for key, value in average.items()}
-            self.scores["after"], self.best_step = score, step

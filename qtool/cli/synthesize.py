@@ -65,6 +65,9 @@ def moire(
         int | None, option(MoireSettings, "groups", "--groups", metavar="[1|2|4]")
     ] = None,
     steps: Annotated[int | None, option(MoireSettings, "steps", "--steps")] = None,
+    budget: Annotated[
+        float | None, option(MoireSettings, "budget", "--budget", metavar="MINUTES")
+    ] = None,
     batch_size: Annotated[int | None, option(MoireSettings, "batch_size", "--batch-size")] = None,
     width: Annotated[int | None, option(MoireSettings, "width", "--width")] = None,
     denoise: Annotated[

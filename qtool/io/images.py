@@ -139,7 +139,8 @@ def save_png(path: Path, image: Tensor, *, overwrite: bool = False) -> None:
     if not bool(image.isfinite().all()):
         raise ImageError(f"{path} would hold values that are not numbers; it is not written")
     buffer = io.BytesIO()
-    _to_pil(image).save(buffer, format="PNG")
+    # Half the time of the default level, for a twentieth more bytes.
+    _to_pil(image).save(buffer, format="PNG", compress_level=3)
     write_file(path, buffer.getvalue(), overwrite=overwrite)
 
 

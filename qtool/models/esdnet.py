@@ -10,10 +10,13 @@ demoireing", arXiv:2207.09935, section 4.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+_GAIN = 0.8 * math.sqrt(2)
 _RESIDUAL_DILATIONS = (1, 2, 1)
 _DENSE_DILATIONS = (1, 2, 3, 2, 1)
 
@@ -241,9 +244,18 @@ class ESDNet(nn.Module):
         self.encoder = _Encoder(pixels, encoder_width, growth, sam_blocks)
         self.decoder = _Decoder(decoder_width, encoder_width, growth, sam_blocks, pixels)
         if residual:
-            for stage in (self.decoder.decoder_1, self.decoder.decoder_2, self.decoder.decoder_3):
-                for parameter in stage.conv.parameters():
-                    nn.init.zeros_(parameter)
+            self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                # Features keep their size on the way down; the framework's own choice lets them
+                # fade, and the first hundreds of steps are lost.
+                std = _GAIN / math.sqrt(module.weight[0].numel())
+                nn.init.normal_(module.weight, std=std)
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+        for stage in (self.decoder.decoder_1, self.decoder.decoder_2, self.decoder.decoder_3):
+            nn.init.zeros_(stage.conv.conv.weight)
 
     @property
     def size_multiple(self) -> int:
@@ -267,5 +279,5 @@ class ESDNet(nn.Module):
         heads = self.decoder(*self.encoder(F.pixel_unshuffle(x, self.unshuffle)))
         full, half, quarter = (F.pixel_shuffle(head, self.unshuffle) for head in heads)
         if self.residual:
-            full, half, quarter = full + x, half + resize(x, 0.5), quarter + resize(x, 0.25)
+            full, half, quarter = full + x, half + F.avg_pool2d(x, 2), quarter + F.avg_pool2d(x, 4)
         return full, half, quarter

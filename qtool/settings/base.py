@@ -135,7 +135,10 @@ class CommonSettings(Settings):
         default=0, ge=0, le=4096, description="CPU threads; 0 lets PyTorch choose."
     )
     workers: int = Field(
-        default=0, ge=0, le=256, description="Processes that read pictures; 0 reads in this one."
+        default=0,
+        ge=0,
+        le=256,
+        description="Processes that read or simulate pictures; 0 does so in this one.",
     )
     offline: bool = Field(default=False, description="Never open a network connection.")
     dry_run: bool = Field(

@@ -40,6 +40,12 @@ class MoireSettings(WriterSettings):
         default=4, description="Groups of like moire; fewer are made when there are few patches."
     )
     steps: int = Field(default=20_000, ge=1, description="Training steps of each group.")
+    budget: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Minutes to train for in all, instead of --steps.",
+    )
     batch_size: int = Field(default=1, ge=1, le=1024, description="Patches a step.")
     width: int = Field(
         default=128, ge=8, le=512, multiple_of=2, description="Channels of the moire generator."

@@ -42,7 +42,10 @@ class TrainDemoireSettings(WriterSettings):
     )
     steps: int = Field(default=20_000, ge=1, description="Training steps.")
     budget: float | None = Field(
-        default=None, gt=0, allow_inf_nan=False, description="Minutes to train, instead of --steps."
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Minutes that all of it may take, instead of --steps.",
     )
     batch_size: int = Field(default=4, ge=1, le=1024, description="Samples a step.")
     crop: int = Field(

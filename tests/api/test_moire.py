@@ -141,3 +141,19 @@ def test_something_else_is_no_generator():
 def test_the_sheet_has_moire_above_clean():
     pairs = [(torch.full((3, 8, 8), value), torch.full((3, 8, 8), -value)) for value in (1.0, 2.0)]
     assert moire._sheet(pairs)[:, 0, 0, 0].tolist() == [1, 2, -1, -2]
+
+
+def test_processes_make_the_same_pairs():
+    for out, workers in (("alone", 0), ("shared", 2)):
+        synthesize_moire(settings(simulate=True, out=Path(out), workers=workers))
+    files = sorted(path.relative_to("alone") for path in Path("alone").rglob("*.*"))
+    assert len(files) == 10
+    for name in files:
+        assert Path("alone", name).read_bytes() == Path("shared", name).read_bytes()
+
+
+def test_a_budget_ends_the_training_of_painters():
+    plan = plan_moire(learning(budget=0.01))
+    assert plan.summary["training_steps"] is None
+    result = synthesize_moire(learning(steps=100_000, budget=0.01, count=1))
+    assert 1 <= result.summary["training"][0]["steps"] < 1000

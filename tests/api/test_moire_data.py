@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qtool.api.moire_data import Pictures, read_generator, read_pairs, read_pictures
+from qtool.api.moire_data import Pairs, Pictures, near, read_generator, read_pairs, read_pictures
 from qtool.errors import CheckpointError, UsageError
 from qtool.io import container, images
 
@@ -59,3 +59,11 @@ def test_a_foreign_generator_is_refused(header):
     container.write_container(Path("g.safetensors"), header, {"x": torch.zeros(1)})
     with pytest.raises(CheckpointError, match="not a moire generator"):
         read_generator(Path("g.safetensors"), torch.device("cpu"))
+
+
+def test_pictures_move_to_a_device_that_has_room(device):
+    pictures = Pictures([torch.zeros(3, 4, 5, dtype=torch.uint8)] * 2)
+    assert pictures.size == 120
+    moved = near(Pairs(pictures, pictures), device)
+    assert moved.size == 240
+    assert moved[0][0].device.type == moved[0][1].device.type == device.type

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qtool.api import train
+from qtool.api import train_run
 from qtool.api.moire import synthesize_moire
 from qtool.api.train import plan_demoire, train_demoire
 from qtool.errors import CheckpointError, MissingError, OutputExistsError, UsageError
@@ -19,7 +19,7 @@ from qtool.settings.train import TrainDemoireSettings
 def folders(tmp_path, monkeypatch):
     """Pairs with strong bands, photographs of a grey screen, clean pictures; small measurements."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "_HELD_OUT_SAMPLES", 4)
+    monkeypatch.setattr(train_run, "_HELD_OUT_SAMPLES", 4)
     random = torch.Generator().manual_seed(0)
     wave = torch.sin(torch.arange(96) * 0.9)
     bands = torch.stack([wave, -wave, wave.roll(2)])[:, None, :] * 0.15
@@ -167,3 +167,21 @@ def test_a_plan_counts_and_writes_nothing():
     assert plan.summary["pictures"] == {"moire": 4, "clean": 4}
     assert plan.summary["steps"] is None
     assert not Path("w.safetensors").exists()
+
+
+def test_a_budget_is_kept_by_the_clock(monkeypatch):
+    monkeypatch.setattr(train_run.TrainRun, "_affordable", lambda run, minutes: 1)
+    result = train_demoire(settings(budget=0.08, save_every=1000))
+    assert result.summary["steps"] > 1
+    assert 4.0 < result.summary["seconds"] < 40
+    loaded = demoire_weights.load_network(Path("w.safetensors"))
+    assert loaded.provenance["recipe"]["minutes"] == 0.08
+    assert loaded.provenance["recipe"]["steps"] == result.summary["steps"]
+
+
+def test_esdnet_from_scratch_starts_as_the_identity():
+    result = train_demoire(settings(model="esdnet", width=None, steps=1, batch_size=1))
+    scores = result.summary["held_out_psnr"]
+    assert scores["before"] == pytest.approx(scores["untouched"], abs=1e-3)
+    loaded = demoire_weights.load_network(Path("w.safetensors"))
+    assert loaded.residual

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from qtool.methods.undem import jpeg
 from qtool.methods.undem.capture import Draw
-from qtool.methods.undem.mixer import mixed, turned
+from qtool.methods.undem.mixer import mixed, spread, turned
 from qtool.methods.undem.sensor import noisy
 
 PairSequence = Sequence[tuple[Tensor, Tensor]]
@@ -52,11 +52,13 @@ class Shares:
         mixed: Bands of real photographs laid on clean pictures.
         identity: Clean pictures that are to stay as they are.
         noise: Clean pictures with noise and JPEG blocks.
+        faint: Of the pairs, those whose moire is made weaker.
     """
 
     mixed: float = 0.3
-    identity: float = 0.15
-    noise: float = 0.1
+    identity: float = 0.2
+    noise: float = 0.08
+    faint: float = 0.5
 
 
 class MixedBatches:
@@ -65,7 +67,7 @@ class MixedBatches:
     Args:
         pairs: Moire and clean pictures of equal size, at least `crop` on each side.
         clean: Clean pictures, at least `crop` on each side; may be empty.
-        patterns: Gains from `flat_patterns`, at least `crop` on each side; may be empty.
+        patterns: Gains from `flat_patterns`, of any size; may be empty.
         crop: Side S of the samples.
         shares: How many of which kind.
         augment: Whether samples are turned, mirrored, and have red and blue swapped at times.
@@ -107,13 +109,16 @@ class MixedBatches:
             return moire, clean
         both = turned(torch.cat([moire, clean]), draw)
         if draw.chance(0.5):
-            both = both[[2, 1, 0, 5, 4, 3]]
+            both = both.unflatten(0, (2, 3)).flip(1).flatten(0, 1)
         return both[:3], both[3:]
 
     def _pair(self, draw: Draw) -> tuple[Tensor, Tensor]:
         moire, clean = self.pairs[draw.index(len(self.pairs))]
         both = cropped(torch.cat([moire, clean]), self.crop, draw)
-        return both[:3], both[3:]
+        moire, clean = both[:3], both[3:]
+        if draw.chance(self.shares.faint):
+            moire = torch.lerp(clean, moire, draw.uniform(0.15, 1.0))
+        return moire, clean
 
     def _clean(self, draw: Draw) -> Tensor:
         """A part of a clean picture, at times reduced, or of the clean side of a pair."""
@@ -138,7 +143,8 @@ class MixedBatches:
         if draw.chance(0.5):
             clean = clean * draw.uniform(0.6, 1.0)
         pattern = self.patterns[draw.index(len(self.patterns))]
-        bands = turned(cropped(pattern, self.crop, draw), draw)
+        zoom = draw.uniform(0.7, 2.0) if draw.chance(0.5) else 1.0
+        bands = turned(cropped(spread(pattern, self.crop, zoom=zoom), self.crop, draw), draw)
         return mixed(clean, bands, strength=draw.uniform(0.5, 1.8)), clean
 
     def _identity(self, draw: Draw) -> tuple[Tensor, Tensor]:

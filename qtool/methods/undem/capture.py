@@ -143,18 +143,18 @@ def draw_capture(generator: torch.Generator, *, samples: int = 4) -> Capture:
         vignette=draw.uniform(0, 0.15),
         glare=draw.uniform(0, 0.04),
         exposure=draw.uniform(0.55, 0.95),
-        blur=draw.uniform(0.25, 0.7) if draw.chance(0.85) else draw.uniform(0.7, 1.1),
+        blur=draw.uniform(0.3, 0.8) if draw.chance(0.85) else draw.uniform(0.8, 1.2),
         mosaic=draw.pick(("rggb", "bggr", "grbg", "gbrg"), (1, 1, 1, 1)),
         quad=draw.chance(0.1),
         noise_gain=2e-4 + 2e-3 * speed,
         noise_floor=(1e-3 + 4e-3 * speed) ** 2,
         demosaic=draw.pick(("edge", "bilinear", "malvar"), (0.6, 0.25, 0.15)),
         balance=draw.gains(0.92, 1.08),
-        mixing=draw.uniform(-0.08, 0.04),
-        contrast=draw.uniform(-0.1, 0.6),
+        mixing=draw.uniform(-0.12, 0.04),
+        contrast=draw.uniform(-0.1, 0.9),
         denoise=draw.uniform(0, 12 / 255),
-        chroma_blur=draw.uniform(0, 2.0) if draw.chance(0.5) else 0.0,
-        sharpen=draw.uniform(0, 0.6) if draw.chance(0.5) else 0.0,
+        chroma_blur=draw.uniform(0.5, 4.0) if draw.chance(0.85) else 0.0,
+        sharpen=draw.uniform(0, 1.0) if draw.chance(0.7) else 0.0,
         resize_x=shrink_x,
         resize_y=shrink_y,
         antialias=draw.chance(0.6),
@@ -186,9 +186,9 @@ def _pose(draw: Draw) -> Pose:
 
 def _resize(draw: Draw) -> tuple[float, float]:
     """Some photographs stay as they are; the rest shrink, half of them out of shape."""
-    if draw.chance(0.25):
+    if draw.chance(0.2):
         return 1.0, 1.0
-    factor = draw.uniform(0.3, 0.9)
+    factor = draw.uniform(0.25, 0.9)
     if draw.chance(0.5):
         return factor, factor
-    return factor * draw.uniform(0.6, 1.0), factor
+    return factor * draw.uniform(0.55, 1.0), factor

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 LUMA = (0.299, 0.587, 0.114)
+
+
+def constant(values: Sequence[Any], device: torch.device) -> Tensor:
+    """A small tensor of fixed numbers, brought to a device without making it wait."""
+    return torch.tensor(values, dtype=torch.float32).to(device, non_blocking=True)
 
 
 def to_linear(encoded: Tensor) -> Tensor:

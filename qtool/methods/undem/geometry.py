@@ -41,7 +41,9 @@ class Pose:
     width: int = 4000
 
 
-def screen_points(pose: Pose, height: int, width: int, *, samples: int) -> tuple[Tensor, Tensor]:
+def screen_points(
+    pose: Pose, height: int, width: int, *, samples: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
     """Map sub-samples of a part of the sensor to the screen.
 
     Args:
@@ -49,17 +51,21 @@ def screen_points(pose: Pose, height: int, width: int, *, samples: int) -> tuple
         height: Sensor samples of the part, downwards.
         width: Sensor samples of the part.
         samples: Sub-samples along each side of a sensor sample.
+        device: Where to compute.
 
     Returns:
         Horizontal and vertical positions in screen pixels, each of shape (height * samples,
         width * samples); (0, 0) is where the centre of the part looks, but for the phase.
     """
-    across = (torch.arange(width * samples) + 0.5) / samples - width / 2
-    down = (torch.arange(height * samples) + 0.5) / samples - height / 2
+    across = (torch.arange(width * samples, device=device) + 0.5) / samples - width / 2
+    down = (torch.arange(height * samples, device=device) + 0.5) / samples - height / 2
     x = (across / pose.width + pose.centre_x)[None, :].expand(len(down), -1)
     y = (down / pose.width + pose.centre_y)[:, None].expand(-1, len(across))
     u, v = _intersect(pose, x.double(), y.double())
-    centre = torch.tensor([[pose.centre_x]]).double(), torch.tensor([[pose.centre_y]]).double()
+    centre = (
+        torch.full((1, 1), place, dtype=torch.float64, device=device)
+        for place in (pose.centre_x, pose.centre_y)
+    )
     middle_u, middle_v = _intersect(pose, *centre)
     return (u - middle_u + pose.phase_x).float(), (v - middle_v + pose.phase_y).float()
 

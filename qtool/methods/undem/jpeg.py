@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qtool.methods.undem.filters import constant
+
 _LUMA = (
     (16, 11, 10, 16, 24, 40, 51, 61),
     (12, 12, 14, 19, 26, 58, 60, 55),
@@ -43,7 +45,7 @@ def compressed(picture: Tensor, *, quality: int, subsampled: bool) -> Tensor:
     height, width = picture.shape[-2:]
     levels = picture.clamp(0, 1).mul(255).round()
     levels = F.pad(levels[None], (0, -width % 16, 0, -height % 16), mode="replicate")[0]
-    forward = torch.tensor(_TO_YCC, device=picture.device)
+    forward = constant(_TO_YCC, picture.device)
     luma, *chroma = torch.einsum("ij,jhw->ihw", forward, levels).split(1)
     planes = [_coded(luma - 128, _table(_LUMA, quality)) + 128]
     wide = torch.full((8, 8), 99.0)
@@ -57,7 +59,8 @@ def compressed(picture: Tensor, *, quality: int, subsampled: bool) -> Tensor:
                 coded[None], scale_factor=2, mode="bilinear", align_corners=False
             )[0]
         planes.append(coded)
-    back = torch.einsum("ij,jhw->ihw", torch.linalg.inv(forward), torch.cat(planes))
+    inverse = torch.linalg.inv(torch.tensor(_TO_YCC)).to(picture.device, non_blocking=True)
+    back = torch.einsum("ij,jhw->ihw", inverse, torch.cat(planes))
     return back[:, :height, :width].round().clamp(0, 255) / 255
 
 
@@ -77,6 +80,6 @@ def _coded(plane: Tensor, table: Tensor) -> Tensor:
     cosines = torch.cos((2 * place[None, :] + 1) * place[:, None] * (math.pi / 16)) / 2
     cosines[0] /= math.sqrt(2)
     blocks = plane.view(height // 8, 8, width // 8, 8).transpose(1, 2)
-    steps = table.to(plane.device)
+    steps = table.to(plane.device, non_blocking=True)
     coefficients = (cosines @ blocks @ cosines.T / steps).round() * steps
     return (cosines.T @ coefficients @ cosines).transpose(1, 2).reshape(1, height, width)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qtool.methods.undem.filters import constant
+
 EDGE_WEIGHT = 0.25
 
 _DIAGONALS = (
@@ -22,7 +24,7 @@ _DIAGONALS = (
 
 def edge_strength(pictures: Tensor) -> Tensor:
     """Sum of absolute diagonal slopes of R + G + B: (B, 3, H, W) to (B, 1, H - 2, W - 2)."""
-    kernels = torch.tensor(_DIAGONALS, device=pictures.device, dtype=pictures.dtype).unsqueeze(1)
+    kernels = constant(_DIAGONALS, pictures.device).to(pictures.dtype).unsqueeze(1)
     return F.conv2d(pictures.sum(1, keepdim=True), kernels).abs().sum(1, keepdim=True)
 
 
@@ -50,20 +52,15 @@ def restoration_loss(
     for output in outputs:
         target = targets
         if output.shape != targets.shape:
-            target = F.interpolate(
-                targets,
-                size=output.shape[-2:],
-                mode="bilinear",
-                antialias=True,
-                align_corners=False,
-            )
+            # Means, as a residual network shrinks its input: to leave all alone costs nothing.
+            height, width = output.shape[-2:]
+            target = F.adaptive_avg_pool2d(targets, (height, width))
         total = total + (output - target).abs().mean((1, 2, 3))
         if edge_weight:
             total = total + edge_weight * edge_loss(output, target)
     return total
 
 
-def mean_of_kept(losses: Tensor, kept: Tensor) -> Tensor | None:
-    """Mean of the losses (B,) that are kept (B,), not of all; None when none is kept."""
-    count = int(kept.sum())
-    return (losses * kept).sum() / count if count else None
+def mean_of_kept(losses: Tensor, kept: Tensor) -> Tensor:
+    """Mean of the losses (B,) that are kept (B,), not of all; at least one must be."""
+    return (losses * kept).sum() / kept.sum()

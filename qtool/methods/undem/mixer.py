@@ -84,6 +84,30 @@ def flat_patterns(photo: Tensor, *, size: int, most: int = 8) -> list[Tensor]:
     return found
 
 
+def spread(pattern: Tensor, side: int, *, zoom: float) -> Tensor:
+    """Bands over a larger square: resized, then mirrored at their edges until they fill it.
+
+    Args:
+        pattern: Gains (3, S, S).
+        side: What is to be covered at least.
+        zoom: Factor of the resizing; bands become as much coarser.
+
+    Returns:
+        Gains (3, T, T), T at least `side`.
+    """
+    if zoom != 1.0:
+        size = max(2, round(zoom * pattern.shape[-1]))
+        pattern = F.interpolate(
+            pattern[None], size=(size, size), mode="bilinear", antialias=True, align_corners=False
+        )[0]
+    size = pattern.shape[-1]
+    if size >= side:
+        return pattern
+    there_and_back = torch.arange(side, device=pattern.device) % (2 * size)
+    place = torch.minimum(there_and_back, 2 * size - 1 - there_and_back)
+    return pattern[:, place][:, :, place]
+
+
 def mixed(clean: Tensor, pattern: Tensor, *, strength: float) -> Tensor:
     """Lay bands on a picture.
 

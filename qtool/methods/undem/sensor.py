@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qtool.methods.undem.filters import padded
+from qtool.methods.undem.filters import constant, padded
 
 Mosaic = Literal["rggb", "bggr", "grbg", "gbrg"]
 Demosaic = Literal["edge", "bilinear", "malvar"]
@@ -19,7 +19,14 @@ Demosaic = Literal["edge", "bilinear", "malvar"]
 _CHANNELS = {"r": 0, "g": 1, "b": 2}
 
 
-def masks(mosaic: Mosaic, height: int, width: int, *, quad: bool = False) -> Tensor:
+def masks(
+    mosaic: Mosaic,
+    height: int,
+    width: int,
+    *,
+    quad: bool = False,
+    device: torch.device | str = "cpu",
+) -> Tensor:
     """Return which sample sees which colour, shape (3, height, width), ones and zeros.
 
     Args:
@@ -27,19 +34,30 @@ def masks(mosaic: Mosaic, height: int, width: int, *, quad: bool = False) -> Ten
         height: Samples downwards.
         width: Samples across.
         quad: Whether each filter covers 2x2 samples.
+        device: Where they are to be.
     """
     block = torch.zeros(3, 2, 2)
     for place, letter in enumerate(mosaic):
         block[_CHANNELS[letter], place // 2, place % 2] = 1.0
     if quad:
         block = block.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    block = block.to(device, non_blocking=True)
     side = block.shape[-1]
     return block.repeat(1, -(-height // side), -(-width // side))[:, :height, :width]
 
 
 def noisy(raw: Tensor, *, gain: float, floor: float, generator: torch.Generator) -> Tensor:
-    """Add noise of variance gain * value + floor, drawn on the CPU from the generator."""
-    normal = torch.randn(raw.shape, generator=generator).to(raw.device)
+    """Add noise of variance gain * value + floor.
+
+    The generator is one of the CPU. Noise elsewhere comes from a generator of that device, which
+    it seeds: numbers are the same on equal devices, not on all.
+    """
+    if raw.device.type == "cpu":
+        normal = torch.randn(raw.shape, generator=generator)
+    else:
+        seed = int(torch.randint(2**62, (), generator=generator))
+        there = torch.Generator(raw.device).manual_seed(seed)
+        normal = torch.randn(raw.shape, generator=there, device=raw.device)
     return raw + normal * (gain * raw.clamp_min(0) + floor).sqrt()
 
 
@@ -68,7 +86,7 @@ def demosaic(raw: Tensor, seen: Tensor, *, method: Demosaic, quad: bool = False)
 
 def _spread(values: Tensor, seen: Tensor, weights: tuple[float, ...]) -> Tensor:
     """Mean of the samples seen nearby, by a separable window."""
-    window = torch.tensor(weights, device=values.device)
+    window = constant(weights, values.device)
     kernel = torch.outer(window, window)[None, None]
     edge = len(weights) // 2
     stack = torch.stack([values, seen]).flatten(0, 1).unsqueeze(1)
@@ -77,7 +95,7 @@ def _spread(values: Tensor, seen: Tensor, weights: tuple[float, ...]) -> Tensor:
 
 
 def _conv(raw: Tensor, kernels: list[list[list[float]]]) -> Tensor:
-    weight = torch.tensor(kernels, device=raw.device).unsqueeze(1)
+    weight = constant(kernels, raw.device).unsqueeze(1)
     edge = weight.shape[-1] // 2
     return F.conv2d(padded(raw[None, None], edge, edge), weight)[0]
 

@@ -65,30 +65,39 @@ def simulated_pair(
     # Where bands are coarse or will be averaged anyway, fewer sub-samples tell the same.
     coarse = capture.pose.scale > 2.4 or capture.resize_x < 0.5
     capture = replace(capture, samples=2 if coarse else 3)
-    shown = size / min(capture.resize_x, capture.resize_y) / capture.pose.scale
-    side = max(_SMALLEST, math.ceil(1.5 * shown) + 16)
+    # Pixels of the result per pixel of the screen.
+    detail = capture.pose.scale * min(capture.resize_x, capture.resize_y)
+    side = max(_SMALLEST, math.ceil(1.5 * size / detail) + 16)
     source = DRAWN
     if not pictures or draw.chance(page_share):
-        content = page(side, side, generator)
+        # Where screens are dense, text and windows are drawn larger.
+        zoom = max(1.0, draw.uniform(0.7, 1.4) / detail)
+        small = max(_SMALLEST, round(side / zoom))
+        content = _resized(page(small, small, generator).to(device), side)
     else:
         source = draw.index(len(pictures))
-        content = _part(pictures[source], side, draw)
-    moire, clean = simulate(
-        content.to(device), capture, size=(size, size), generator=generator, tone=tone
-    )
+        content = _part(pictures[source].to(device), side, draw, detail=detail)
+    moire, clean = simulate(content, capture, size=(size, size), generator=generator, tone=tone)
     return SimulatedPair(moire=moire, clean=clean, capture=capture, source=source)
 
 
-def _part(picture: Tensor, side: int, draw: Draw) -> Tensor:
-    """A random square of a picture, of which two in five are reduced to make it finer."""
+def _part(picture: Tensor, side: int, draw: Draw, *, detail: float) -> Tensor:
+    """A random square of a picture, shown so that the photograph is about as sharp as it is.
+
+    A quarter is shown pixel by pixel, which a near camera blows up.
+    """
     height, width = picture.shape[-2:]
-    factor = draw.uniform(0.4, 1.0) if draw.chance(0.4) else 1.0
-    factor = max(factor, min(1.0, _SMALLEST / min(height, width)))
-    wide = min(round(side / factor), height), min(round(side / factor), width)
-    top, left = draw.index(height - wide[0] + 1), draw.index(width - wide[1] + 1)
-    part = picture[:, top : top + wide[0], left : left + wide[1]]
-    if factor == 1.0:
-        return part
+    # Pixels of the screen per pixel of the picture.
+    factor = 1.0 if draw.chance(0.25) else 1 / (detail * draw.uniform(0.8, 1.6))
+    factor = max(factor, side / min(height, width))
+    wide = min(math.ceil(side / factor), height, width)
+    top, left = draw.index(height - wide + 1), draw.index(width - wide + 1)
+    return _resized(picture[:, top : top + wide, left : left + wide], side)
+
+
+def _resized(picture: Tensor, side: int) -> Tensor:
+    if picture.shape[-2:] == (side, side):
+        return picture
     return F.interpolate(
-        part[None], scale_factor=factor, mode="bilinear", antialias=True, align_corners=False
+        picture[None], size=(side, side), mode="bilinear", antialias=True, align_corners=False
     )[0].clamp(0, 1)

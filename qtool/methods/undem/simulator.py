@@ -37,7 +37,7 @@ def simulate(
             view goes past its edges it is mirrored.
         capture: The photograph.
         size: Height and width of the result.
-        generator: Of the noise, on the CPU.
+        generator: Of the noise, on the CPU; on another device it seeds the noise there.
         tone: `capture`: the target has the photograph's exposure, white balance and tone curve,
             so that moire alone separates the two. `screen`: the target is the picture itself.
 
@@ -78,8 +78,10 @@ def _screen_light(picture: Tensor, gamma: float) -> Tensor:
 def _positions(
     capture: Capture, height: int, width: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    across, down = screen_points(capture.pose, height, width, samples=capture.samples)
-    return down.to(device), across.to(device)
+    across, down = screen_points(
+        capture.pose, height, width, samples=capture.samples, device=device
+    )
+    return down, across
 
 
 def _read(screen: Tensor, across: Tensor, down: Tensor, *, mode: str) -> Tensor:
@@ -124,13 +126,13 @@ def _shade(capture: Capture, height: int, width: int, device: torch.device) -> T
     radius = across.square()[None, :] + down.square()[:, None]
     # The corner of a 4:3 sensor lies 0.625 widths from its middle.
     fall = 1 - capture.vignette * radius / 0.625**2
-    return torch.tensor(capture.tint, device=device).view(3, 1, 1) * fall
+    return filters.constant(capture.tint, device).view(3, 1, 1) * fall
 
 
 def _sensed(light: Tensor, capture: Capture, generator: torch.Generator) -> Tensor:
     """Through the colour filters and back: light (3, H, W) to colours (3, H, W)."""
     height, width = light.shape[-2:]
-    seen = sensor.masks(capture.mosaic, height, width, quad=capture.quad).to(light.device)
+    seen = sensor.masks(capture.mosaic, height, width, quad=capture.quad, device=light.device)
     raw = (light * seen).sum(0)
     raw = sensor.noisy(
         raw, gain=capture.noise_gain, floor=capture.noise_floor, generator=generator
@@ -140,7 +142,7 @@ def _sensed(light: Tensor, capture: Capture, generator: torch.Generator) -> Tens
 
 def _develop(light: Tensor, capture: Capture) -> Tensor:
     """White balance, colour matrix, sRGB curve and tone curve."""
-    balanced = light * torch.tensor(capture.balance, device=light.device).view(3, 1, 1)
+    balanced = light * filters.constant(capture.balance, light.device).view(3, 1, 1)
     mean = balanced.mean(0, keepdim=True)
     mixed = balanced + 3 * capture.mixing * (mean - balanced)
     encoded = filters.to_srgb(mixed.clamp(0, 1))

@@ -183,11 +183,14 @@ class MoireSynthesizer:
             torch.stack(clean).to(self.device),
         )
 
-    def step(self) -> dict[str, float]:
-        """Update the painters, then the judge; return the losses."""
+    def step(self, done: float | None = None) -> dict[str, float]:
+        """Update the painters, then the judge; return the losses.
+
+        Args:
+            done: Share of the work that is done, 0..1; by default that of the steps.
+        """
         config = self.config
-        half = config.steps / 2
-        share = min(1.0, (config.steps - self.step_index) / half) if half else 1.0
+        share = min(1.0, 2 * (1 - (self.step_index / config.steps if done is None else done)))
         for optimizer in (self.painting, self.judging):
             optimizer.param_groups[0]["lr"] = config.learning_rate * share
         draw = Draw(self.random)
@@ -216,7 +219,8 @@ class MoireSynthesizer:
             "content": content,
             "discriminator": judged,
         }
-        return {name: float(value.detach()) for name, value in losses.items()}
+        values = torch.stack([value.detach() for value in losses.values()]).tolist()
+        return dict(zip(losses, values, strict=True))
 
     @torch.no_grad()
     def probe(self) -> Probe:

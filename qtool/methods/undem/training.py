@@ -60,11 +60,18 @@ class TrainingConfig:
         return asdict(self)
 
 
-def rate_at(step: int, *, steps: int, warmup: int) -> float:
-    """Share of the highest learning rate: a linear rise, then half a cosine down to a hundredth."""
+def rate_at(step: int, *, steps: int, warmup: int, done: float | None = None) -> float:
+    """Share of the highest learning rate: a linear rise, then half a cosine down to a hundredth.
+
+    Args:
+        step: Steps taken so far.
+        steps: Steps in all.
+        warmup: Steps of the rise.
+        done: Share of the work that is done, 0..1, where something else than steps decides on it.
+    """
     if step < warmup:
         return (step + 1) / warmup
-    position = (step - warmup) / max(1, steps - warmup)
+    position = (step - warmup) / max(1, steps - warmup) if done is None else done
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, position)))
 
 
@@ -78,52 +85,64 @@ class RestorationTrainer:
     """
 
     def __init__(self, network: nn.Module, source: BatchSource, config: TrainingConfig) -> None:
+        self.device = next(network.parameters()).device
+        if self.device.type == "cuda":
+            network.to(memory_format=torch.channels_last)
         self.network = network
         self.average = copy.deepcopy(network).eval().requires_grad_(False)
         self.source = source
         self.config = config
         self.step_index = 0
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.device = next(network.parameters()).device
         self.optimizer = torch.optim.AdamW(
-            network.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4
+            network.parameters(),
+            lr=config.learning_rate,
+            betas=(0.9, 0.99),
+            weight_decay=1e-4,
         )
 
-    def step(self) -> float | None:
+    def step(self, done: float | None = None) -> Tensor | None:
         """Take one step.
 
+        Args:
+            done: Share of the work that is done, see `rate_at`.
+
         Returns:
-            Mean loss of the samples that were kept, or None when there was none.
+            Mean loss of the samples that were kept, or None when there was none. It stays on the
+            device: reading it at every step would make a GPU wait.
         """
         config = self.config
-        rate = rate_at(self.step_index, steps=config.steps, warmup=config.warmup)
+        rate = rate_at(self.step_index, steps=config.steps, warmup=config.warmup, done=done)
         self.optimizer.param_groups[0]["lr"] = config.learning_rate * rate
         batch = self.source.draw(config.batch_size, self.generator)
         self.step_index += 1
+        if not bool(batch.kept.any()):
+            return None
         self.network.train()
-        moire, clean = batch.moire.to(self.device), batch.clean.to(self.device)
+        moire, clean, kept = (
+            part.to(self.device, non_blocking=True)
+            for part in (batch.moire, batch.clean, batch.kept)
+        )
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bfloat16):
             outputs = self.network(moire)
         losses = restoration_loss(
             [output.float() for output in outputs], clean, edge_weight=config.edge_weight
         )
-        kept = batch.kept.to(self.device)
         loss = mean_of_kept((losses + config.harmless).log(), kept)
-        if loss is None:
-            return None
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), config.clip)
         self.optimizer.step()
         self._update_average()
-        return float((losses.detach() * kept).sum() / kept.sum())
+        return mean_of_kept(losses.detach(), kept)
 
     def _update_average(self) -> None:
         # Early on the average must not remember the untrained weights.
         decay = min(self.config.average, (1 + self.step_index) / (10 + self.step_index))
+        average: list[Tensor] = list(self.average.parameters())
+        network: list[Tensor] = list(self.network.parameters())
         with torch.no_grad():
-            for kept, new in zip(self.average.parameters(), self.network.parameters(), strict=True):
-                kept.lerp_(new, 1 - decay)
+            torch._foreach_lerp_(average, network, 1 - decay)
 
     def state(self) -> dict[str, Tensor]:
         """All that a later run needs to go on as if never stopped."""
@@ -132,7 +151,7 @@ class RestorationTrainer:
         tensors |= optimizer_state(self.optimizer, _OPTIMIZER)
         tensors[_GENERATOR] = self.generator.get_state()
         tensors[_STEP] = torch.tensor([self.step_index])
-        return {name: value.detach().cpu() for name, value in tensors.items()}
+        return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take up what `state` returned, for the same network and configuration."""
@@ -161,9 +180,10 @@ def held_out_psnr(
     values: list[Tensor] = []
     for start in range(0, count, batch_size):
         batch = source.draw(min(batch_size, count - start), generator)
-        output = result_of(network(batch.moire.to(device)), batch.clean).cpu().clamp(0, 1)
-        error = (output - batch.clean).square().mean((1, 2, 3)).clamp_min(_GOOD_ENOUGH)
-        values.append(-10 * error.log10())
+        clean = batch.clean.to(device)
+        output = result_of(network(batch.moire.to(device)), clean).clamp(0, 1)
+        error = (output - clean).square().mean((1, 2, 3)).clamp_min(_GOOD_ENOUGH)
+        values.append((-10 * error.log10()).cpu())
     return float(torch.cat(values).mean())
 
 

@@ -25,7 +25,7 @@ def weights(tmp_path_factory) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = demoire.build("esdnet_s", TINY)
-        torch.nn.init.normal_(network.decoder.decoder_1.conv.conv.weight, std=0.1)
+        torch.nn.init.normal_(network.decoder.decoder_1.conv.conv.weight, std=0.03)
     write_container(path, demoire_weights.metadata("esdnet_s", TINY, {}), network.state_dict())
     return path
 

@@ -93,3 +93,13 @@ def test_augmentation_keeps_pairs_together():
 def test_shares_decide(share):
     draw = Draw(seeded())
     assert draw.chance(share) == bool(share)
+
+
+def test_the_moire_of_faint_pairs_is_weaker():
+    pair = torch.full((3, 20, 20), 0.8), torch.full((3, 20, 20), 0.3)
+    for faint, least in ((0.0, 0.5), (1.0, 0.15 * 0.5)):
+        shares = Shares(mixed=0, identity=0, noise=0, faint=faint)
+        batch = MixedBatches([pair], crop=16, shares=shares).draw(12, seeded())
+        gain = (batch.moire - batch.clean).mean((1, 2, 3))
+        assert float(gain.min()) > least - 1e-4
+        assert (float(gain.std()) > 0.05) == bool(faint)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from qtool.methods.undem.losses import edge_loss, edge_strength, mean_of_kept, restoration_loss
+from qtool.models import demoire
 
 
 def test_a_flat_picture_has_no_edges():
@@ -33,4 +34,12 @@ def test_scales_are_summed_in_any_order():
 def test_what_is_left_out_does_not_thin_the_mean():
     losses = torch.tensor([1.0, 5.0, 3.0])
     assert float(mean_of_kept(losses, torch.tensor([1.0, 0.0, 1.0]))) == 2.0
-    assert mean_of_kept(losses, torch.zeros(3)) is None
+
+
+def test_leaving_a_picture_alone_costs_nothing_at_any_scale():
+    picture = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    outputs = demoire.build("esdnet_s")(picture)
+    assert len(outputs) == 3
+    torch.testing.assert_close(
+        restoration_loss(outputs, picture), torch.zeros(2), atol=1e-5, rtol=0
+    )

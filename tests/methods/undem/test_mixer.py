@@ -3,7 +3,7 @@
 import torch
 
 from qtool.methods.undem.capture import Draw
-from qtool.methods.undem.mixer import flat_patterns, mixed, turned
+from qtool.methods.undem.mixer import flat_patterns, mixed, spread, turned
 
 
 def banded(side=128, strength=0.1):
@@ -50,3 +50,14 @@ def test_eight_turns_all_come_up():
     draw = Draw(torch.Generator().manual_seed(0))
     seen = {tuple(turned(square, draw).flatten().tolist()) for _ in range(100)}
     assert len(seen) == 8
+
+
+def test_bands_are_mirrored_until_they_fill_a_square():
+    pattern = torch.arange(6.0).view(1, 1, 6).expand(3, 6, 6)
+    wide = spread(pattern, 15, zoom=1.0)
+    assert wide.shape == (3, 15, 15)
+    assert wide[0, 3].tolist() == [0, 1, 2, 3, 4, 5, 5, 4, 3, 2, 1, 0, 0, 1, 2]
+    assert spread(pattern, 4, zoom=1.0) is pattern
+    coarse = spread(pattern, 8, zoom=2.0)
+    assert coarse.shape == (3, 12, 12)
+    assert float(coarse[0, 0].diff().max()) < 0.6

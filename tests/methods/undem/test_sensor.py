@@ -62,3 +62,14 @@ def test_noise_has_its_variance_and_its_seed():
     ]
     assert torch.equal(*draws)
     assert abs(float((draws[0] - flat).var()) - 1.1e-3) < 5e-5
+
+
+def test_noise_is_drawn_on_the_device_of_the_picture(device):
+    flat = torch.full((64, 64), 0.5, device=device)
+    first, second = (
+        sensor.noisy(flat, gain=0.0, floor=1e-4, generator=torch.Generator().manual_seed(seed))
+        for seed in (3, 3)
+    )
+    assert first.device == flat.device
+    assert torch.equal(first, second)
+    assert abs(float((first - flat).std()) - 1e-2) < 1e-3

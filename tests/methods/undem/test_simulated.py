@@ -30,3 +30,11 @@ def test_pictures_are_shown_and_named():
         assert each.moire.shape == each.clean.shape == (3, 32, 32)
         if each.source == 0:
             assert float(each.clean[0].mean()) > 2 * float(each.clean[2].mean())
+
+
+def test_photographs_are_about_as_sharp_as_what_was_shown():
+    checks = (torch.arange(240)[:, None] // 4 + torch.arange(240) // 4) % 2
+    board = (0.2 + 0.6 * checks).expand(3, -1, -1)
+    sharp = sum(float(pair(index, [board]).clean.diff(dim=-1).abs().mean()) for index in range(24))
+    # A board whose squares were blown up to the size of the result would show a few edges only.
+    assert sharp / 24 > 0.02

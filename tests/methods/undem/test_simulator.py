@@ -98,3 +98,14 @@ def test_reducing_gives_the_size_asked_for():
     photo, target = simulate(grey(), capture, size=(30, 50), generator=seeded())
     assert photo.shape == target.shape == (3, 30, 50)
     assert bool(photo.isfinite().all())
+
+
+def test_every_device_takes_the_same_photograph(device):
+    picture = torch.rand(3, 80, 80, generator=seeded(7))
+    capture = replace(draw_capture(seeded(2), samples=2), noise_gain=0.0, noise_floor=0.0)
+    here = simulate(picture, capture, size=(40, 48), generator=seeded())
+    there = simulate(picture.to(device), capture, size=(40, 48), generator=seeded())
+    for one, other in zip(here, there, strict=True):
+        assert other.device.type == device.type
+        # A value between two levels of 8 bits may fall to either.
+        assert float((one - other.cpu()).abs().mean()) < 1e-3

@@ -89,3 +89,10 @@ def test_the_buffer_fills_first_and_then_swaps():
     assert {0.0, 1.0} <= set(seen)
     assert 9.0 in seen
     assert len(buffer.stored) == 2
+
+
+def test_the_rate_can_follow_a_clock():
+    run = game()
+    for done, share in ((0.2, 1.0), (0.75, 0.5), (0.9, 0.2)):
+        run.step(done)
+        assert run.painting.param_groups[0]["lr"] == pytest.approx(2e-4 * share)

@@ -83,3 +83,13 @@ def test_a_batch_without_kept_samples_changes_nothing():
 def test_the_result_is_the_output_of_the_inputs_size():
     x = torch.rand(1, 3, 8, 8)
     assert result_of((torch.rand(1, 3, 4, 4), x), x) is x
+
+
+def test_the_rate_can_follow_a_clock():
+    def rate(step, done):
+        return rate_at(step, steps=100, warmup=10, done=done)
+
+    assert rate(4, 0.0) == 0.5
+    assert rate(500, 0.0) == 1.0
+    assert rate(20, 1.0) == pytest.approx(0.01)
+    assert rate(20, 2.0) == pytest.approx(0.01)
