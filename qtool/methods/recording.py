@@ -41,6 +41,11 @@ class Recorded:
         self._inputs: list[Tensor] = []
         self._outputs: Any = None
 
+    @property
+    def replays(self) -> bool:
+        """Whether the last call was a replay."""
+        return self._graph is not None
+
     def __call__(self, *inputs: Tensor) -> Any:  # noqa: ANN401
         """Run; results of a replay are overwritten by the next one."""
         if not self.active:

@@ -56,6 +56,7 @@ def test_the_fourth_call_is_recorded_and_replayed(graphs):
     for number in range(6):
         assert torch.equal(run(torch.full((3,), float(number))), torch.full((3,), 2.0 * number))
         assert len(graphs) == int(number > 2)
+        assert run.replays == bool(graphs)
     assert graphs[0].replays == 3
 
 

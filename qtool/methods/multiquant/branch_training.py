@@ -40,6 +40,7 @@ class BranchTraining:
         distill: Whether the widest setting teaches the others.
         bfloat16: Whether convolutions run in bfloat16.
         channels_last: Whether channels lie next to each other in memory.
+        replay: Whether a GPU records the gradients of a step and replays them.
     """
 
     steps: int
@@ -49,6 +50,7 @@ class BranchTraining:
     distill: bool = True
     bfloat16: bool = False
     channels_last: bool = True
+    replay: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as JSON types."""
@@ -74,7 +76,8 @@ class BranchTrainer:
         self.step_index = 0
         units = [m for m in network.modules() if isinstance(m, SimulatedUnit)]
         self.levels = SharedLevels(units, channels_last=config.channels_last)
-        self._gradients = Recorded(self._compute, active=self.device.type == "cuda")
+        on_gpu = self.device.type == "cuda"
+        self._gradients = Recorded(self._compute, active=on_gpu and config.replay)
         scales = [p for name, p in network.named_parameters() if _is_scale(name)]
         others = [p for name, p in network.named_parameters() if not _is_scale(name)]
         self.optimizers: dict[str, torch.optim.Optimizer] = {
@@ -86,6 +89,11 @@ class BranchTrainer:
             ),
             "scales": torch.optim.Adam(scales, lr=config.scale_rate),
         }
+
+    @property
+    def replays(self) -> bool:
+        """Whether gradients are computed by replaying a CUDA graph by now."""
+        return self._gradients.replays
 
     def step(self, images: Tensor, labels: Tensor) -> dict[int, Tensor]:
         """Take one step.
