@@ -52,7 +52,7 @@ OBSERVED = 64
 MEASURED = 500
 ROUNDS = 20
 """Steps of every seed between two looks at the clock."""
-PROBE_SECONDS = 8.0
+PROBE_SECONDS = 6.0
 PROBE_WARM_UP = 6
 DIFFERENCE = 0.1
 """What a replayed step may differ by: sums in another order flip a few roundings."""
