@@ -62,22 +62,31 @@ class Pictures:
         files: Files and labels.
         data: Size and normalisation of the model's input.
         progress: Told about every picture that is decoded beforehand.
+        device: Where small pictures are kept.
 
     Attributes:
         failed: Files that could not be read beforehand, and why; they are left out.
+        small: uint8 (N, 3, H, W), None if pictures are not small.
+        labels: (N,), beside them.
     """
 
     def __init__(
-        self, files: Sequence[Labelled], data: vision.DataConfig, progress: Progress | None = None
+        self,
+        files: Sequence[Labelled],
+        data: vision.DataConfig,
+        progress: Progress | None = None,
+        *,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.data = data
         self.files = list(files)
         self.failed: list[tuple[Path, str]] = []
         self.small: Tensor | None = None
         if max(data.input_size[1:]) <= _SMALL:
-            self._decode_all(progress)
+            self.small = self._decode_all(progress).to(device)
+        self.labels = torch.tensor([label for _, label in self.files], device=device)
 
-    def _decode_all(self, progress: Progress | None) -> None:
+    def _decode_all(self, progress: Progress | None) -> Tensor:
         decoded, kept = [], []
         for index, (path, label) in enumerate(self.files):
             try:
@@ -89,7 +98,8 @@ class Pictures:
                 progress("read pictures", index + 1, len(self.files))
         if not decoded:
             raise ImageError("no picture could be read", remedy="check the files of the folder")
-        self.files, self.small = kept, torch.stack(decoded)
+        self.files = kept
+        return torch.stack(decoded)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -100,7 +110,7 @@ class Pictures:
         Raises:
             ImageError: It cannot be read.
         """
-        return _whole(self.files[index][0], self.data) if self.small is None else self.small[index]
+        return _whole(self.files[index][0], self.data)
 
     def part(self, index: int, generator: torch.Generator) -> Tensor:
         """A picture as for training, uint8 (3, H, W).
@@ -108,9 +118,6 @@ class Pictures:
         Raises:
             ImageError: It cannot be read.
         """
-        if self.small is not None:
-            reach = max(1, self.data.input_size[1] // _SHIFT)
-            return shifted(self.small[index], reach=reach, generator=generator)
         image = images.load_rgb(self.files[index][0])
         return random_crop(image, size=self.data.input_size[1:], generator=generator)
 
@@ -145,29 +152,54 @@ def training_batches(
         Images (B, 3, H, W), normalised, and labels (B,).
     """
     generator = torch.Generator().manual_seed(seed * _PRIME + epoch)
-    order = torch.randperm(len(pictures), generator=generator).tolist()
-    number = batches_in(len(pictures), batch_size)
-    parts = [
-        order[index * batch_size : (index + 1) * batch_size][share[0] :: share[1]]
-        for index in range(first, number)
-    ]
-    yield from _load(pictures, parts, seed=seed, epoch=epoch, workers=workers)
+    order = torch.randperm(len(pictures), generator=generator)
+    parts = {
+        index: order[index * batch_size : (index + 1) * batch_size]
+        for index in range(first, batches_in(len(pictures), batch_size))
+    }
+    own = slice(share[0], None, share[1])
+    if pictures.small is None:
+        lists = [part[own].tolist() for part in parts.values()]
+        yield from _load(pictures, lists, seed=seed, epoch=epoch, workers=workers)
+        return
+    reach = max(1, pictures.data.input_size[1] // _SHIFT)
+    for index, part in parts.items():
+        draws = torch.Generator().manual_seed(_mixed(seed, epoch, index))
+        places = part.to(pictures.labels.device, non_blocking=True)
+        moved = shifted(pictures.small[places], reach=reach, generator=draws)
+        yield _normalised(moved[own], pictures.data), pictures.labels[places][own]
 
 
 def measuring_batches(
     pictures: Pictures, *, batch_size: int, workers: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """All pictures in order, as for evaluation: images (B, 3, H, W), normalised, labels (B,)."""
-    order = list(range(len(pictures)))
-    parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    yield from _load(pictures, parts, seed=0, epoch=None, workers=workers)
+    starts = range(0, len(pictures), batch_size)
+    if pictures.small is None:
+        order = list(range(len(pictures)))
+        parts = [order[start : start + batch_size] for start in starts]
+        yield from _load(pictures, parts, seed=0, epoch=None, workers=workers)
+        return
+    for start in starts:
+        part = slice(start, start + batch_size)
+        yield _normalised(pictures.small[part], pictures.data), pictures.labels[part]
+
+
+def _mixed(seed: int, epoch: int, index: int) -> int:
+    """One seed of three numbers."""
+    return ((seed * _PRIME + epoch) * _PRIME + index) % 2**63
+
+
+def _normalised(pixels: Tensor, data: vision.DataConfig) -> Tensor:
+    """Whole numbers (B, 3, H, W) as a model reads them."""
+    statistics = torch.tensor((data.mean, data.std)).view(2, 1, -1, 1, 1)
+    statistics = statistics.to(pixels.device, non_blocking=True)
+    return (pixels.float() / 255 - statistics[0]) / statistics[1]
 
 
 def _load(
     pictures: Pictures, parts: list[list[int]], *, seed: int, epoch: int | None, workers: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    mean = torch.tensor(pictures.data.mean).view(1, -1, 1, 1)
-    std = torch.tensor(pictures.data.std).view(1, -1, 1, 1)
     loader: DataLoader[Any] = DataLoader(
         _Draws(pictures, seed, epoch),
         batch_sampler=parts,
@@ -176,7 +208,7 @@ def _load(
     )
     for pixels, labels in loader:
         if len(labels):
-            yield (pixels.float() / 255 - mean) / std, labels
+            yield _normalised(pixels, pictures.data), labels
 
 
 class _Draws(Dataset[tuple[Tensor | None, int]]):
@@ -190,8 +222,7 @@ class _Draws(Dataset[tuple[Tensor | None, int]]):
         try:
             if self.epoch is None:
                 return self.pictures.whole(index), label
-            number = (self.seed * _PRIME + self.epoch) * _PRIME + index
-            generator = torch.Generator().manual_seed(number % 2**63)
+            generator = torch.Generator().manual_seed(_mixed(self.seed, self.epoch, index))
             return self.pictures.part(index, generator), label
         except ImageError as error:
             notice.warning("%s is left out: %s", path, error.message)

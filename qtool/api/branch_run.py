@@ -27,6 +27,7 @@ from qtool.settings.quantize import QuantizeSettings
 
 _SAVE_SECONDS = 60.0
 _OBSERVED = 64
+_SHOWN = 10
 _FACTS = "facts"
 
 
@@ -94,10 +95,10 @@ class BranchRun:
         started = saved = time.monotonic()
         before = self.seconds
         settings, steps = self.settings, self.config.steps
-        note = ""
+        words = note = ""
         while len(self.epochs) < settings.epochs:
             epoch = len(self.epochs)
-            losses: list[float] = []
+            losses: list[Tensor] = []
             batches = branch_data.training_batches(
                 self.train_pictures,
                 batch_size=settings.batch_size,
@@ -109,11 +110,12 @@ class BranchRun:
             )
             for images, labels in batches:
                 found = self.trainer.step(images, labels)
-                losses.append(sum(found.values()) / len(found))
+                losses.append(torch.stack(list(found.values())).mean())
                 if progress is not None:
-                    progress(
-                        "train", self.trainer.step_index, steps, f"loss {losses[-1]:.3f}{note}"
-                    )
+                    # A loss that is read waits for the device: now and then is enough.
+                    if not words or self.trainer.step_index % _SHOWN == 0:
+                        words = f"loss {float(losses[-1]):.3f}"
+                    progress("train", self.trainer.step_index, steps, words + note)
                 if time.monotonic() - saved > _SAVE_SECONDS:
                     saved = time.monotonic()
                     self.seconds = before + saved - started
@@ -126,14 +128,14 @@ class BranchRun:
             self.seconds = before + saved - started
             self._save()
 
-    def _measure(self, losses: list[float]) -> None:
+    def _measure(self, losses: list[Tensor]) -> None:
         """Add the record of an epoch; other processes than the first measure nothing."""
         batches = branch_data.measuring_batches(
             self.held_out, batch_size=self.settings.batch_size, workers=self.settings.workers
         )
         found = accuracy(self.network, batches) if rank() == 0 else {}
         top1 = {f"w{width}a{width}": round(100 * share, 2) for width, share in found.items()}
-        loss = sum(losses) / len(losses) if losses else None
+        loss = float(torch.stack(losses).mean()) if losses else None
         self.epochs.append({"epoch": len(self.epochs) + 1, "loss": loss, "top1": top1})
 
     def _save(self) -> None:
@@ -167,7 +169,8 @@ def float_accuracy(model: torch.nn.Module, pictures: Pictures, *, batch_size: in
     right = seen = 0
     images: Tensor
     for images, labels in branch_data.measuring_batches(pictures, batch_size=batch_size):
-        right += int((model(images.to(device)).argmax(dim=1).cpu() == labels).sum())
+        choice = model(images.to(device)).argmax(dim=1)
+        right += int((choice == labels.to(device)).sum())
         seen += len(labels)
     return round(100 * right / max(1, seen), 2)
 

@@ -159,8 +159,9 @@ def _pictures(
     split = branch_data.find(
         settings.train, classes=_classes(opened.model), wnids=_wnids(opened.model)
     )
-    train = branch_data.Pictures(split.train, opened.data, progress)
-    held_out = branch_data.Pictures(split.held_out, opened.data)
+    device = next(opened.model.parameters()).device
+    train = branch_data.Pictures(split.train, opened.data, progress, device=device)
+    held_out = branch_data.Pictures(split.held_out, opened.data, device=device)
     for path, reason in (*train.failed, *held_out.failed):
         notice.warning("%s is left out: %s", path, reason)
     return train, held_out

@@ -35,20 +35,29 @@ def random_crop(image: Image.Image, *, size: tuple[int, int], generator: torch.G
     return pixels.flip(2) if draws[-1] < 0.5 else pixels
 
 
-def shifted(picture: Tensor, *, reach: int, generator: torch.Generator) -> Tensor:
-    """A small picture moved by up to `reach` pixels each way, black beyond it, mirrored by chance.
+def shifted(pictures: Tensor, *, reach: int, generator: torch.Generator) -> Tensor:
+    """Small pictures moved by up to `reach` pixels each way, black beyond, mirrored by chance.
 
     Args:
-        picture: uint8 (3, H, W).
+        pictures: uint8 (B, 3, H, W), on any device.
         reach: Largest move.
-        generator: Source of randomness.
+        generator: Source of randomness, on the CPU.
     """
-    _, height, width = picture.shape
-    down, right = torch.randint(0, 2 * reach + 1, (2,), generator=generator).tolist()
-    padded = torch.nn.functional.pad(picture, (reach, reach, reach, reach))
-    moved = padded[:, down : down + height, right : right + width]
-    mirrored = bool(torch.randint(0, 2, (), generator=generator))
-    return moved.flip(2) if mirrored else moved
+    count, channels, height, width = pictures.shape
+    device = pictures.device
+    moves = torch.randint(0, 2 * reach + 1, (2, count, 1), generator=generator)
+    mirrored = torch.randint(0, 2, (count, 1), generator=generator).bool()
+    moves, mirrored = (t.to(device, non_blocking=True) for t in (moves, mirrored))
+    rows = moves[0] + torch.arange(height, device=device)  # (B, H)
+    columns = moves[1] + torch.arange(width, device=device)  # (B, W)
+    columns = torch.where(mirrored, columns.flip(1), columns)
+    padded = torch.nn.functional.pad(pictures, (reach, reach, reach, reach))
+    return padded[
+        torch.arange(count, device=device).view(-1, 1, 1, 1),
+        torch.arange(channels, device=device).view(1, -1, 1, 1),
+        rows.view(count, 1, height, 1),
+        columns.view(count, 1, 1, width),
+    ]
 
 
 def _box(width: int, height: int, draws: list[float]) -> tuple[float, float, float, float]:

@@ -97,6 +97,23 @@ class _Snap(torch.autograd.Function):
         return gradient * passing, None, None, None
 
 
+class _Count(torch.autograd.Function):
+    """Count in steps from 0 to `top`; the gradient passes in between, in few passes over memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Tensor, top: int) -> Tensor:  # noqa: ANN401
+        ratio = x / step
+        ctx.save_for_backward(ratio, step)
+        ctx.top = top
+        return ratio.clamp(0, top).round_()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: ANN401
+        ratio, step = ctx.saved_tensors
+        passing = torch.ops.aten.hardtanh_backward(gradient, ratio, 0, ctx.top).div_(step)
+        return passing, (passing * ratio).sum().neg_(), None
+
+
 def weight_levels(weight: Tensor, scale: Tensor, *, bits: int) -> Tensor:
     """Levels of weights, as whole numbers in float32.
 
@@ -116,8 +133,16 @@ def weight_levels(weight: Tensor, scale: Tensor, *, bits: int) -> Tensor:
 
 
 def activation_levels(x: Tensor, scale: Tensor, *, bits: int) -> Tensor:
-    """Levels of activations from 0 to 2^bits - 1, as whole numbers in float32."""
-    levels: Tensor = _Snap.apply(x / scale, 0, 2**bits - 1, False)
+    """Levels of activations from 0 to 2^bits - 1, as whole numbers in float32.
+
+    What is below zero becomes zero, as in a ReLU, and gets no gradient.
+
+    Args:
+        x: Of any shape.
+        scale: What a level is worth, ().
+        bits: Bits of an activation.
+    """
+    levels: Tensor = _Count.apply(x, scale, 2**bits - 1)
     return levels
 
 
@@ -159,7 +184,10 @@ def initial_weight_scale(weight: Tensor, *, bits: int) -> Tensor:
 
 @torch.no_grad()
 def search_activation_scale(x: Tensor, *, bits: int) -> Tensor:
-    """The scale with the least squared error on a sample of activations at least zero, ()."""
+    """The scale with the least squared error on a sample of activations, ().
+
+    What is below zero becomes zero at every scale, so it does not count.
+    """
     values = x.detach().flatten()
     values = values[:: max(1, values.numel() // _SAMPLE)]
     top = values.max().clamp_min(_SMALLEST_SCALE)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +18,22 @@ from qtool.quant.branch_grid import (
     weight_levels,
 )
 from qtool.quant.branch_layers import IntegerUnit
+
+_MOMENTUM = 0.1
+
+
+class Held(NamedTuple):
+    """What the widths of one training step share, by bits of weights and by member.
+
+    Attributes:
+        weight_levels: Levels (N, C, kernel H, kernel W).
+        weight_scales: What a level is worth, (N,).
+        input_scales: What a level of activations is worth, ().
+    """
+
+    weight_levels: dict[int, Tensor]
+    weight_scales: dict[int, Tensor]
+    input_scales: Sequence[Tensor]
 
 
 class SimulatedUnit(nn.Module):
@@ -33,12 +52,14 @@ class SimulatedUnit(nn.Module):
 
     Attributes:
         observing: Choose the scale of activations anew from the next input, at its width.
+        held: What `branch_sharing` computed for all units at once, None outside of a training step.
     """
 
     def __init__(self, plan: UnitPlan, weight: Tensor, norm: nn.BatchNorm2d) -> None:
         super().__init__()
         self.plan = plan
         self.observing = False
+        self.held: Held | None = None
         self.weight = nn.Parameter(weight.detach().clone())
         scales = [initial_weight_scale(weight, bits=bits) for bits in plan.weight_bits]
         self.log_weight_scale = nn.Parameter(torch.stack(scales).log())
@@ -49,10 +70,20 @@ class SimulatedUnit(nn.Module):
 
     def weight_scale(self, bits: int) -> Tensor:
         """What a level is worth at a width of weights, (N,)."""
+        if self.held is not None:
+            return self.held.weight_scales[bits]
         return self.log_weight_scale[self.plan.weight_bits.index(bits)].exp()
+
+    def weight_levels(self, bits: int) -> Tensor:
+        """Levels at a width of weights, in the shape of the weight."""
+        if self.held is not None:
+            return self.held.weight_levels[bits]
+        return weight_levels(self.weight, self.weight_scale(bits), bits=bits)
 
     def input_scale(self, width: int) -> Tensor:
         """What a level of activations is worth at a width, ()."""
+        if self.held is not None:
+            return self.held.input_scales[self.plan.index(width)]
         return self.log_input_scale[self.plan.index(width)].exp()
 
     def folded(self, width: int) -> tuple[Tensor, Tensor]:
@@ -82,17 +113,17 @@ class SimulatedUnit(nn.Module):
             scale = search_activation_scale(x, bits=width)
             with torch.no_grad():
                 self.log_input_scale[index] = scale.log()
-        step, scale = self.input_scale(width), self.weight_scale(member.weight_bits)[:outputs]
-        weight = self.weight[:outputs, :inputs]
+        step = self.input_scale(width)
         sums = F.conv2d(
             activation_levels(x, step, bits=width),
-            weight_levels(weight, scale, bits=member.weight_bits),
+            self.weight_levels(member.weight_bits)[:outputs, :inputs],
             None,
             **self.plan.geometry._asdict(),
         )
         if self.training:
-            normalised: Tensor = self.norm(width)(sums * (step * scale).view(-1, 1, 1))
-            return normalised
+            # The BatchNorm takes a factor of a row out again, so none learns from here.
+            scale = self.weight_scale(member.weight_bits)[:outputs]
+            return _normalised(sums * (step * scale).detach().view(-1, 1, 1), self.norm(width))
         gain, bias = self.folded(width)
         return sums * (step * gain).view(-1, 1, 1) + bias.view(-1, 1, 1)
 
@@ -107,6 +138,20 @@ class SimulatedUnit(nn.Module):
             gain, bias = self.folded(member.width)
             unit.set_scales(member.width, gain, bias, self.input_scale(member.width))
         return unit
+
+
+def _normalised(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    """A BatchNorm in training, without the count of batches that it keeps and nobody reads."""
+    return F.batch_norm(
+        x,
+        norm.running_mean,
+        norm.running_var,
+        norm.weight,
+        norm.bias,
+        training=True,
+        momentum=norm.momentum or _MOMENTUM,
+        eps=norm.eps,
+    )
 
 
 def _leading(norm: nn.BatchNorm2d, channels: int) -> nn.BatchNorm2d:

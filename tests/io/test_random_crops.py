@@ -36,21 +36,30 @@ def test_very_narrow_pictures_give_their_middle():
 
 
 def test_small_pictures_move_by_a_few_pixels():
-    source = torch.zeros(3, 9, 9, dtype=torch.uint8)
-    source[:, 4, 4] = 7
-    places = set()
-    for seed in range(60):
-        moved = shifted(source, reach=2, generator=seeded(seed))
-        assert moved.shape == source.shape
-        ((_, down, right), *_) = moved.nonzero().tolist()
-        places.add((down - 4, right - 4))
-        assert int(moved.sum()) == 21
-    assert all(abs(down) <= 2 and abs(right) <= 2 for down, right in places)
-    assert len(places) > 15
+    source = torch.zeros(60, 3, 9, 9, dtype=torch.uint8)
+    source[:, :, 4, 4] = 7
+    moved = shifted(source, reach=2, generator=seeded(0))
+    assert moved.shape == source.shape
+    assert moved.dtype == torch.uint8
+    assert torch.equal(moved.sum((1, 2, 3)), torch.full((60,), 21))
+    places = moved[:, 0].nonzero()[:, 1:] - 4
+    assert int(places.abs().max()) == 2
+    assert len(places.unique(dim=0)) > 15
+
+
+def test_small_pictures_move_as_a_whole():
+    generator = torch.Generator().manual_seed(5)
+    source = torch.randint(1, 256, (8, 3, 6, 7), generator=generator, dtype=torch.uint8)
+    for picture, moved in zip(source, shifted(source, reach=1, generator=seeded(1)), strict=True):
+        padded = torch.nn.functional.pad(picture, (1, 1, 1, 1))
+        windows = [padded[:, d : d + 6, r : r + 7] for d in range(3) for r in range(3)]
+        found = [torch.equal(w, moved) or torch.equal(w.flip(2), moved) for w in windows]
+        assert sum(found) == 1
 
 
 def test_some_small_pictures_are_mirrored():
-    source = torch.arange(9, dtype=torch.uint8).expand(3, 9, 9)
-    moved = [shifted(source, reach=1, generator=seeded(seed)) for seed in range(40)]
-    mirrored = sum(bool(m[0, 4, 3] > m[0, 4, 4]) for m in moved)
+    source = torch.arange(9, dtype=torch.uint8).expand(40, 3, 9, 9)
+    moved = shifted(source, reach=1, generator=seeded(0))
+    assert torch.equal(moved, shifted(source, reach=1, generator=seeded(0)))
+    mirrored = int((moved[:, 0, 4, 3] > moved[:, 0, 4, 4]).sum())
     assert 10 <= mirrored <= 30

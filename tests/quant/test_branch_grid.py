@@ -57,6 +57,19 @@ def test_activations_count_from_zero(bits):
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
+def test_gradients_of_activations_pass_between_the_ends(bits):
+    top = 2**bits - 1
+    x = torch.tensor([-0.5, 0.26, 0.6, 1e3], dtype=torch.float64, requires_grad=True)
+    step = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    weights = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+    (grid.activation_levels(x, step, bits=bits) * weights).sum().backward()
+    ratio = (x / step).clamp(0, top)
+    expected = torch.autograd.grad((ratio * weights).sum(), (x, step))
+    torch.testing.assert_close(x.grad, expected[0])
+    torch.testing.assert_close(step.grad, expected[1])
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
 def test_the_searched_scale_is_near_the_best(bits):
     x = normal(4000).relu()
     found = grid.search_activation_scale(x, bits=bits)

@@ -19,7 +19,10 @@ from torch import Tensor
 
 from qtool.methods.multiquant.branches import BranchedClassifier
 from qtool.methods.multiquant.distillation import loss_weight, teacher_of, width_loss
+from qtool.methods.recording import Recorded
 from qtool.methods.training_state import load_optimizer_state, optimizer_state, under
+from qtool.quant.branch_sharing import SharedLevels
+from qtool.quant.branch_simulation import SimulatedUnit
 
 _NETWORK, _STEP = "network/", "step"
 _MOMENTUM = 0.9
@@ -36,6 +39,8 @@ class BranchTraining:
         weight_decay: Of weights and BatchNorms.
         distill: Whether the widest setting teaches the others.
         bfloat16: Whether convolutions run in bfloat16.
+        channels_last: Whether channels lie next to each other in memory.
+        replay: Whether a GPU records the gradients of a step and replays them.
     """
 
     steps: int
@@ -44,6 +49,8 @@ class BranchTraining:
     weight_decay: float = 1e-4
     distill: bool = True
     bfloat16: bool = False
+    channels_last: bool = True
+    replay: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as JSON types."""
@@ -67,6 +74,10 @@ class BranchTrainer:
         self.network, self.config = network, config
         self.device = next(network.parameters()).device
         self.step_index = 0
+        units = [m for m in network.modules() if isinstance(m, SimulatedUnit)]
+        self.levels = SharedLevels(units, channels_last=config.channels_last)
+        on_gpu = self.device.type == "cuda"
+        self._gradients = Recorded(self._compute, active=on_gpu and config.replay)
         scales = [p for name, p in network.named_parameters() if _is_scale(name)]
         others = [p for name, p in network.named_parameters() if not _is_scale(name)]
         self.optimizers: dict[str, torch.optim.Optimizer] = {
@@ -79,7 +90,12 @@ class BranchTrainer:
             "scales": torch.optim.Adam(scales, lr=config.scale_rate),
         }
 
-    def step(self, images: Tensor, labels: Tensor) -> dict[int, float]:
+    @property
+    def replays(self) -> bool:
+        """Whether gradients are computed by replaying a CUDA graph by now."""
+        return self._gradients.replays
+
+    def step(self, images: Tensor, labels: Tensor) -> dict[int, Tensor]:
         """Take one step.
 
         Args:
@@ -87,31 +103,39 @@ class BranchTrainer:
             labels: (B,).
 
         Returns:
-            Loss of every width.
+            Loss of every width, (), on the device, until the next step.
         """
-        config, network = self.config, self.network
+        config = self.config
         rate = rate_at(self.step_index, config.steps)
         for name, highest in (("weights", config.learning_rate), ("scales", config.scale_rate)):
             self.optimizers[name].param_groups[0]["lr"] = highest * rate
-            self.optimizers[name].zero_grad(set_to_none=True)
-        network.train()
-        images, labels = images.to(self.device), labels.to(self.device)
-        factor = loss_weight(len(network.selection))
-        teacher: Tensor | None = None
-        losses = {}
-        for width in sorted(network.selection, reverse=True):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bfloat16):
-                logits = network.at(images, width).float()
-            loss = width_loss(logits, labels, teacher)
-            (factor * loss).backward()
-            losses[width] = loss.detach()
-            if config.distill and teacher is None:
-                teacher = teacher_of(logits)
+        self.network.train()
+        layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        images = images.to(self.device, memory_format=layout)
+        losses: dict[int, Tensor] = self._gradients(images, labels.to(self.device))
         self._share_gradients()
         for optimizer in self.optimizers.values():
             optimizer.step()
         self.step_index += 1
-        return {width: float(loss) for width, loss in losses.items()}
+        return losses
+
+    def _compute(self, images: Tensor, labels: Tensor) -> dict[int, Tensor]:
+        """Compute the gradients of all widths, added up, and the loss of each."""
+        network, config = self.network, self.config
+        network.zero_grad(set_to_none=True)
+        factor = loss_weight(len(network.selection))
+        teacher: Tensor | None = None
+        losses = {}
+        with self.levels.held():
+            for width in sorted(network.selection, reverse=True):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bfloat16):
+                    logits = network.at(images, width).float()
+                loss = width_loss(logits, labels, teacher)
+                (factor * loss).backward()
+                losses[width] = loss.detach()
+                if config.distill and teacher is None:
+                    teacher = teacher_of(logits)
+        return losses
 
     def _share_gradients(self) -> None:
         """Take the mean of the gradients of all processes."""
@@ -178,8 +202,8 @@ def accuracy(
     for images, labels in batches:
         seen += len(labels)
         for width in right:
-            choice = network.at(images.to(device), width).argmax(dim=1).cpu()
-            right[width] += int((choice == labels).sum())
+            choice = network.at(images.to(device), width).argmax(dim=1)
+            right[width] += int((choice == labels.to(device)).sum())
     network.train(training)
     return {width: number / max(1, seen) for width, number in right.items()}
 

@@ -58,8 +58,9 @@ class Body(nn.Module):
         """Compute all blocks at a width."""
         for block in self.blocks:
             y = x
-            for number, convolution in enumerate(block.convolutions):
-                y = self.unit(convolution.name)(y if number == 0 else F.relu(y), width)
+            for convolution in block.convolutions:
+                # The ReLU between two of them is in how the second one quantizes what it reads.
+                y = self.unit(convolution.name)(y, width)
             x = F.relu(y + self._shortcut(block, x, width, channels=y.shape[1]))
         return x
 
@@ -67,6 +68,8 @@ class Body(nn.Module):
         if block.shortcut is not None:
             converted: Tensor = self.unit(block.shortcut.name)(x, width)
             return converted
+        if block.stride == 1 and channels == x.shape[1]:
+            return x
         kept = x[:, :, :: block.stride, :: block.stride]
         # A slice has other channels in than out: what is missing is zero, as in the whole branch.
         after = channels - kept.shape[1] - block.before
