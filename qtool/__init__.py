@@ -74,9 +74,12 @@ _HOME = {
 def __getattr__(name: str) -> object:
     """Import a public name from its home the first time it is asked for."""
     if name == "__version__":
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        value: object = version("qtool")
+        try:
+            value: object = version("qtool")
+        except PackageNotFoundError:  # a checkout on PYTHONPATH
+            value = "0+unknown"
     elif name in _HOME:
         value = getattr(importlib.import_module(_HOME[name]), name)
     else:

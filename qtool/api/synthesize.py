@@ -23,7 +23,7 @@ from qtool.io import container, folders, images
 from qtool.io.atomic import sweep, write_file
 from qtool.io.cache import cache_dir
 from qtool.methods import spdfq
-from qtool.methods.spdfq.batch import Method, SynthesisConfig, SyntheticImages
+from qtool.methods.spdfq.batch import Method, Part, SynthesisConfig, SyntheticImages
 from qtool.methods.spdfq.synthesis import synthesize
 from qtool.models import vision
 from qtool.report import Picture, Result, Table
@@ -56,6 +56,7 @@ def synthesis_config(
     steps: int | None = None,
     learning_rate: float | None = None,
     classes: tuple[int, ...] = (),
+    ablate: tuple[Part, ...] = (),
 ) -> SynthesisConfig:
     """Turn an effort and its overrides into settings of the method.
 
@@ -77,6 +78,7 @@ def synthesis_config(
         classes=classes,
         patches_per_step=None if effort == ALL_PATCHES else batch_size,
         bfloat16=bfloat16_is_faster(next(model.parameters()).device),
+        ablate=ablate,
     )
 
 
@@ -309,6 +311,7 @@ def synthesize_images(settings: SynthesizeSettings, progress: Progress | None = 
         steps=settings.steps,
         learning_rate=settings.learning_rate,
         classes=settings.class_indices,
+        ablate=settings.ablate,
     )
     settings.out.mkdir(parents=True, exist_ok=True)
     sweep(settings.out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
@@ -11,7 +11,11 @@ from qtool.cli.options import OUTPUT, add_command, argument, complete_models, op
 from qtool.cli.session import session
 from qtool.settings.base import Effort
 from qtool.settings.moire import MoireSettings, MoireTone
-from qtool.settings.synthesize import SynthesisMethod, SynthesizeSettings
+from qtool.settings.synthesize import SynthesisMethod, SynthesisPart, SynthesizeSettings
+
+
+def _complete_parts(incomplete: str) -> list[str]:
+    return [name for name in get_args(SynthesisPart) if name.startswith(incomplete)]
 
 
 def images(
@@ -37,6 +41,16 @@ def images(
     ] = None,
     classes: Annotated[
         str | None, option(SynthesizeSettings, "classes", "--classes", metavar="LIST")
+    ] = None,
+    ablate: Annotated[
+        list[str] | None,
+        option(
+            SynthesizeSettings,
+            "ablate",
+            "--ablate",
+            metavar="PART",
+            complete=_complete_parts,
+        ),
     ] = None,
     out: Annotated[
         Path | None,

@@ -12,6 +12,7 @@ from qtool.errors import UsageError
 from qtool.settings.base import Effort, WriterSettings
 
 SynthesisMethod = Literal["spdfq", "psaq", "noise"]
+SynthesisPart = Literal["alignment", "patches", "soft-labels"]
 
 
 class SynthesizeSettings(WriterSettings):
@@ -39,6 +40,21 @@ class SynthesizeSettings(WriterSettings):
     classes: str = Field(
         default="", description="Classes to draw, for example 0-9,17; empty: spread evenly."
     )
+
+    ablate: tuple[SynthesisPart, ...] = Field(
+        default=(),
+        description="Leave out a part of spdfq: alignment (of attention with priors), patches "
+        "(blown up, with classes of their own), soft-labels; repeat for more.",
+    )
+
+    @model_validator(mode="after")
+    def _parts_belong_to_the_method(self) -> Self:
+        if self.ablate and self.method != "spdfq":
+            raise UsageError(
+                f"{self.method} has no {self.ablate[0]} to leave out",
+                remedy="take --method spdfq, or leave out --ablate",
+            )
+        return self
 
     @model_validator(mode="after")
     def _classes_can_be_read(self) -> Self:

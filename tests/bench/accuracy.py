@@ -1,21 +1,30 @@
 """Accuracy of calibration images, recipes, bits and seeds crossed, resumable, as a table.
 
-    python tests/bench/accuracy.py deit_t --weights W --data PHOTOS --data MORE --work grid/ \\
-        --images noise --images spdfq --images real=PHOTOS --bits w4a4 --recipe paper --seed 0
+    python tests/bench/accuracy.py deit_t --weights W --data C --data V --work grid/ \\
+        --pictures real=V --rows noise,psaq,spdfq,real strong w4a4 --seed 0 --seed 1
 
 Every image set is made by `qtool synthesize images` and every cell by `qtool quantize` and `qtool
 eval`, called as functions; each leaves one JSON file in the work folder, and a second run takes it
-from there. With `--results FILE` what was found is kept in one file, and what stands there already
-is not measured again. Accuracy is the drop in top-1 points from the float model, same pictures.
+from there. Several processes share the work in the order in which rows are named, seed by seed;
+with `--minutes` they start nothing after that time. With `--results FILE` what was found is kept
+in one file, and what stands there already is not measured again. Accuracy is the drop in top-1
+points from the float model, same pictures, same machine.
+
+Images are noise, psaq or spdfq; spdfq with some of its parts alone, as spdfq.apa.msr (attention
+alignment, blown-up patches, sl for soft labels) or spdfq.bare; or the name of real `--pictures`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
+import signal
 import statistics
 import time
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +37,8 @@ from qtool.settings.quantize import QuantizeSettings
 from qtool.settings.synthesize import SynthesizeSettings
 
 METHODS = ("noise", "psaq", "spdfq")
+PARTS = {"apa": "alignment", "msr": "patches", "sl": "soft-labels"}
+FLOAT = "float"
 
 
 @dataclass(frozen=True)
@@ -43,17 +54,17 @@ class Cell:
     @property
     def name(self) -> str:
         """A file name."""
-        label = self.images.split("=")[0]
         steps = f" {self.steps} steps" if self.steps else ""
-        return f"{label}-{self.recipe}-{self.bits.replace(':', '')}{steps}-s{self.seed}"
+        return f"{self.images}-{self.recipe}-{self.bits.replace(':', '')}{steps}-s{self.seed}"
 
     @property
     def synthetic(self) -> str | None:
         """The image set to make first, if any."""
-        return f"{self.images}-s{self.seed}" if self.images in METHODS else None
+        method = self.images.split(".")[0]
+        return f"{self.images}-s{self.seed}" if method in METHODS else None
 
 
-def read_options() -> argparse.Namespace:
+def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model")
@@ -62,29 +73,55 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--crop-pct", type=float)
     parser.add_argument("--work", type=Path, required=True, help="folder of images and results")
     parser.add_argument(
-        "--images", action="append", required=True, help="noise, psaq, spdfq or NAME=FOLDER"
+        "--rows",
+        nargs=3,
+        action="append",
+        required=True,
+        metavar=("IMAGES", "RECIPES", "BITS"),
+        help="lists with commas, crossed; repeat in order of importance",
     )
-    parser.add_argument("--bits", action="append", required=True)
-    parser.add_argument("--recipe", action="append", required=True)
+    parser.add_argument(
+        "--pictures",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER[:COUNT]",
+        help="real pictures to calibrate on",
+    )
     parser.add_argument("--seed", type=int, action="append", required=True)
     parser.add_argument("--count", type=int, default=32, help="calibration images")
     parser.add_argument("--steps", type=int, help="training steps per block")
     parser.add_argument("--effort", default="standard", help="of the synthesis")
     parser.add_argument("--results", type=Path, help="file to read and keep results in")
     parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
-    return parser.parse_args()
+    parser.add_argument("--device", default="cpu", help="of all processes")
+    parser.add_argument("--backend", default="auto", help="of the integer operations")
+    parser.add_argument("--minutes", type=float, help="start nothing after so long; 0: only show")
+    return parser.parse_args(arguments)
 
 
-def kept(path: Path, measure: Any, *arguments: Any) -> dict[str, Any]:
-    """What `measure` returns, from its file if it is there."""
-    if path.exists():
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
-    started = time.process_time()
-    found = measure(*arguments)
-    found["cpu_seconds"] = round(time.process_time() - started, 1)
-    path.write_text(json.dumps(found, indent=2, default=str))
-    return found
+def cells_of(options: argparse.Namespace) -> list[Cell]:
+    """All cells, the most important first."""
+    found = [
+        Cell(images, recipe, bits, seed, options.steps)
+        for rows in options.rows
+        for seed in options.seed
+        for recipe in rows[1].split(",")
+        for bits in rows[2].split(",")
+        for images in rows[0].split(",")
+    ]
+    return list(dict.fromkeys(found))
+
+
+def write(path: Path, found: dict[str, Any]) -> None:
+    """Write a file that is whole or not there."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(json.dumps(found, indent=1, default=str) + "\n")
+    part.replace(path)
+
+
+def common(options: argparse.Namespace) -> dict[str, Any]:
+    """Settings of every command."""
+    return {"device": options.device, "backend": options.backend, "offline": True}
 
 
 def accuracy(options: argparse.Namespace, target: str) -> dict[str, Any]:
@@ -97,26 +134,29 @@ def accuracy(options: argparse.Namespace, target: str) -> dict[str, Any]:
             crop_pct=options.crop_pct,
             weights="pretrained" if target.endswith(".safetensors") else options.weights,
             baseline="none",
-            batch_size=16,
-            offline=True,
+            batch_size=16 if options.device == "cpu" else 100,
+            **common(options),
         )
         found[data.name] = qtool.evaluate(settings).summary["top1"]
     return {"top1": found}
 
 
-def synthesize(options: argparse.Namespace, method: str, seed: int) -> dict[str, Any]:
-    """One image set."""
+def synthesize(options: argparse.Namespace, cell: Cell) -> dict[str, Any]:
+    """The image set of a cell."""
+    method, *parts = cell.images.split(".")
+    wanted = [PARTS[part] for part in parts if part != "bare"] if parts else PARTS.values()
     settings = SynthesizeSettings(
         model=options.model,
         weights=options.weights,
-        offline=True,
         method=method,
         effort=options.effort,
         count=options.count,
-        seed=seed,
-        out=options.work / f"{method}-s{seed}",
+        seed=cell.seed,
+        ablate=tuple(part for part in PARTS.values() if part not in wanted),
+        out=options.work / str(cell.synthetic),
         resume=True,
         overwrite=True,
+        **common(options),
     )
     return dict(qtool.synthesize_images(settings).summary)
 
@@ -124,20 +164,21 @@ def synthesize(options: argparse.Namespace, method: str, seed: int) -> dict[str,
 def quantize(options: argparse.Namespace, cell: Cell) -> dict[str, Any]:
     """One cell: quantize, then measure the file."""
     out = options.work / f"{cell.name}.safetensors"
-    _, _, folder = cell.images.partition("=")
+    named = dict(entry.split("=", 1) for entry in options.pictures)
+    folder, _, count = named.get(cell.images, "").partition(":")
     settings = QuantizeSettings(
         model=options.model,
         weights=options.weights,
-        offline=True,
         bits=cell.bits,
         recipe=cell.recipe,
         seed=cell.seed,
-        count=options.count,
+        count=int(count or options.count),
         steps=cell.steps,
         calib=Path(folder) if folder else None,
         synthetic=options.work / cell.synthetic if cell.synthetic else None,
         out=out,
         overwrite=True,
+        **common(options),
     )
     summary = qtool.quantize(settings).summary
     found = accuracy(options, str(out))
@@ -145,58 +186,121 @@ def quantize(options: argparse.Namespace, cell: Cell) -> dict[str, Any]:
     return {"quantize": dict(summary), **found}
 
 
-def run(options: argparse.Namespace, kind: str, cell: Cell | None) -> dict[str, Any]:
-    """One job, in a process of its own."""
-    torch.set_num_threads(1)
-    if cell is None:
-        return kept(options.work / "float.json", accuracy, options, options.model)
-    if kind == "synthesize":
-        path = options.work / f"{cell.synthetic}.json"
-        return kept(path, synthesize, options, cell.images, cell.seed)
-    return kept(options.work / f"{cell.name}.json", quantize, options, cell)
+def claimed(options: argparse.Namespace, name: str) -> bool:
+    """Whether this process may do the work of that name: nobody did, tried, or is at it."""
+    if any((options.work / f"{name}.{end}").exists() for end in ("json", "failed")):
+        return False
+    try:
+        (options.work / f"{name}.claim").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
-def measure(options: argparse.Namespace, cells: list[Cell]) -> dict[str, dict[str, Any]]:
-    """Run all jobs, each quantization as soon as its images are there; results by name."""
-    found: dict[str, dict[str, Any]] = {}
-    first: dict[str, Cell] = {}
+def kept(
+    options: argparse.Namespace,
+    name: str,
+    measure: Callable[..., dict[str, Any]],
+    *arguments: Any,
+) -> None:
+    """Measure, and leave a file of that name."""
+    claim = options.work / f"{name}.claim"
+    started, busy = time.monotonic(), time.process_time()
+    try:
+        found = measure(options, *arguments)
+    except Exception:
+        print(f"{name} failed\n{traceback.format_exc()}", flush=True)
+        claim.replace(claim.with_suffix(".failed"))
+        return
+    found["seconds"] = round(time.monotonic() - started, 1)
+    found["cpu_seconds"] = round(time.process_time() - busy, 1)
+    write(options.work / f"{name}.json", found)
+    claim.unlink()
+    print(f"{name} {found['seconds']} s: {found.get('top1', '')}", flush=True)
+
+
+def next_job(options: argparse.Namespace, cells: Sequence[Cell]) -> tuple[Any, ...] | None:
+    """Claim the most important work that can be done; None while others have to finish theirs."""
+    if claimed(options, FLOAT):
+        return FLOAT, accuracy, options.model
     for cell in cells:
-        if cell.synthetic:
-            first.setdefault(cell.synthetic, cell)
-    with ProcessPoolExecutor(options.jobs) as pool:
-        running: dict[Future[dict[str, Any]], tuple[str, Cell | None]] = {}
+        images = cell.synthetic
+        if images is None or (options.work / f"{images}.json").exists():
+            if claimed(options, cell.name):
+                return cell.name, quantize, cell
+        elif claimed(options, images):
+            return images, synthesize, cell
+    return None
 
-        def start(kind: str, cell: Cell | None) -> None:
-            running[pool.submit(run, options, kind, cell)] = (kind, cell)
 
-        start("float", None)
-        for cell in first.values():
-            start("synthesize", cell)
-        for cell in cells:
-            if not cell.synthetic:
-                start("quantize", cell)
-        while running:
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                kind, done = running.pop(future)
-                result = future.result()
-                print(f"{kind} {done.name if done else ''}: {result.get('top1', '')}", flush=True)
-                if kind == "synthesize" and done is not None:
-                    for cell in cells:
-                        if cell.synthetic == done.synthetic:
-                            start("quantize", cell)
-                else:
-                    found[done.name if done else "float"] = result
-    return found
+def work(options: argparse.Namespace, cells: Sequence[Cell], deadline: float) -> None:
+    """One process: do what is most important until nothing is left, or no time."""
+    torch.set_num_threads(1)
+    while time.time() < deadline:
+        job = next_job(options, cells)
+        if job is not None:
+            kept(options, *job)
+            continue
+        waiting = [c for c in cells if (options.work / f"{c.synthetic}.claim").exists()]
+        if not waiting:
+            return
+        time.sleep(0.5)
+
+
+def measure(options: argparse.Namespace, cells: Sequence[Cell]) -> None:
+    """Let processes do what is missing; an interruption ends them and keeps what is done."""
+    deadline = time.time() + 60 * options.minutes if options.minutes is not None else float("inf")
+    for left in [*options.work.glob("*.claim"), *options.work.glob("*.failed")]:
+        left.unlink()
+    context = multiprocessing.get_context("spawn")  # a fork could not use CUDA
+    workers = [
+        context.Process(target=work, args=(options, cells, deadline)) for _ in range(options.jobs)
+    ]
+    try:
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+    finally:
+        for worker in workers:
+            if worker.is_alive():
+                worker.kill()
+
+
+def collected(options: argparse.Namespace, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What is known: from the file of results, and from the work folder."""
+    results = options.results
+    found = json.loads(results.read_text()) if results and results.exists() else {}
+    for name in names:
+        path = options.work / f"{name}.json"
+        if name not in found and path.exists():
+            found[name] = json.loads(path.read_text())
+    return dict(found)
+
+
+def keep(options: argparse.Namespace, found: dict[str, dict[str, Any]]) -> None:
+    """Write the file of results."""
+    fields = ("top1", "cpu_seconds")
+    rows = {
+        name: {key: found[name][key] for key in fields if key in found[name]}
+        for name in sorted(found)
+    }
+    options.results.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def print_table(options: argparse.Namespace, found: dict[str, dict[str, Any]]) -> None:
     """Drops in Markdown, one row per images, recipe and bits."""
-    plain = found["float"]["top1"]
+    if FLOAT not in found:
+        print("the float model was not measured")
+        return
+    plain = found[FLOAT]["top1"]
     print(f"float: {plain}")
     print("| images | recipe | bits | mean drop | per seed | drop per picture set |")
     print("| --- | --- | --- | --- | --- | --- |")
     rows: dict[str, list[dict[str, float]]] = {}
-    for name in sorted(found.keys() - {"float"}):
+    for name in sorted(found.keys() - {FLOAT}):
         row, _, _ = name.rpartition("-s")
         top1 = found[name]["top1"]
         rows.setdefault(row, []).append({key: plain[key] - top1[key] for key in plain})
@@ -211,25 +315,17 @@ def print_table(options: argparse.Namespace, found: dict[str, dict[str, Any]]) -
 def main() -> None:
     """Measure what is missing, then print the table."""
     options = read_options()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     options.work.mkdir(parents=True, exist_ok=True)
-    results = options.results
-    known = json.loads(results.read_text()) if results and results.exists() else {}
-    cells = [
-        cell
-        for recipe in options.recipe
-        for bits in options.bits
-        for seed in options.seed
-        for images in options.images
-        if (cell := Cell(images, recipe, bits, seed, options.steps)).name not in known
-    ]
-    found = known | (measure(options, cells) if cells or "float" not in known else {})
-    if results:
-        kept_fields = ("top1", "cpu_seconds")
-        rows = {
-            name: {key: found[name][key] for key in kept_fields if key in found[name]}
-            for name in sorted(found)
-        }
-        results.write_text(json.dumps(rows, indent=1) + "\n")
+    cells = cells_of(options)
+    names = [FLOAT, *(cell.name for cell in cells)]
+    known = collected(options, names)
+    missing = [cell for cell in cells if cell.name not in known]
+    if options.minutes != 0 and (missing or FLOAT not in known):
+        measure(options, missing)
+    found = collected(options, names)
+    if options.results:
+        keep(options, found)
     print_table(options, found)
 
 

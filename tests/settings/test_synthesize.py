@@ -19,3 +19,16 @@ def test_classes(classes, indices):
 def test_wrong_classes(classes):
     with pytest.raises(UsageError, match="cannot be read"):
         SynthesizeSettings.build({"model": "vit_b", "out": "x", "classes": classes})
+
+
+def test_parts_of_spdfq_can_be_left_out():
+    made = SynthesizeSettings.build({"model": "m", "out": "x", "ablate": ["patches", "alignment"]})
+    assert made.ablate == ("patches", "alignment")
+
+
+@pytest.mark.parametrize("method", ["psaq", "noise"])
+def test_other_methods_have_no_such_parts(method):
+    with pytest.raises(UsageError, match="has no patches"):
+        SynthesizeSettings.build(
+            {"model": "m", "out": "x", "method": method, "ablate": ["patches"]}
+        )

@@ -28,6 +28,7 @@ from qtool.methods.spdfq.taps import summary_rows, tapped, unfused
 from qtool.models.vision import AttentionSite, Layout
 
 Method = Literal["spdfq", "psaq", "noise"]
+Part = Literal["alignment", "patches", "soft-labels"]
 
 ROUNDS = 2
 """The schedule restarts once, with twice the jitter (PSAQ-ViT)."""
@@ -64,6 +65,8 @@ class SynthesisConfig:
         patches_per_step: Patches that take part in one step, drawn afresh; None means all. The
             mean over a draw estimates the mean over all, at a fraction of the cost.
         bfloat16: Run the network's matrix products in bfloat16.
+        ablate: Parts of `spdfq` to leave out: attention alignment (APA) or what stands for it,
+            blown-up patches (MSR), soft labels (SL).
     """
 
     method: Method = "spdfq"
@@ -76,6 +79,7 @@ class SynthesisConfig:
     entropy_weight: float = 0.0
     patches_per_step: int | None = None
     bfloat16: bool = False
+    ablate: tuple[Part, ...] = ()
 
 
 @dataclass
@@ -141,7 +145,8 @@ class BatchSynthesizer:
     ) -> None:
         self.model = model
         self.layout = layout
-        self._norms = () if layout.attentions else statistics.remembered(model)
+        unguided = layout.attentions or "alignment" in config.ablate
+        self._norms = () if unguided else statistics.remembered(model)
         self.size = size
         self.config = config
         self.device = next(model.parameters()).device
@@ -169,21 +174,25 @@ class BatchSynthesizer:
         sites = self.layout.attentions
         self.boxes: list[Box] = []
         self.priors: list[Tensor] = []
-        if self.config.method == "spdfq":
+        if self.config.method == "spdfq" and "patches" not in self.config.ablate:
             self.boxes = patch_boxes(count, size=self.size, classes=classes, generator=generator)
             self.intended: list[list[int]] = [[] for _ in range(count)]
             for box in self.boxes:
                 self.intended[box.image].append(box.label)
-            names = self.intended + [[box.label] for box in self.boxes]
-            labels = soft_labels(names, num_classes=num_classes, generator=generator)
-            self.labels = labels[:count].to(self.device)
-            self._patch_labels = labels[count:].to(self.device)
-            self._sites = sites[len(sites) // 2 :]
         else:
             drawn = classes[torch.randint(len(classes), (count,), generator=generator)]
             self.intended = [[int(label)] for label in drawn]
-            self.labels = F.one_hot(drawn, num_classes).float().to(self.device)
-            self._patch_labels = self.labels[:0]
+        names = self.intended + [[box.label] for box in self.boxes]
+        if self.config.method == "spdfq" and "soft-labels" not in self.config.ablate:
+            labels = soft_labels(names, num_classes=num_classes, generator=generator)
+        else:
+            labels = F.one_hot(torch.tensor([row[0] for row in names]), num_classes).float()
+        self.labels = labels[:count].to(self.device)
+        self._patch_labels = labels[count:].to(self.device)
+        if self.config.method == "spdfq":
+            aligned = "alignment" not in self.config.ablate
+            self._sites = sites[len(sites) // 2 :] if aligned else ()
+        else:
             self._sites = sites if self.config.method == "psaq" else ()
         self._variation = losses.total_variation_target(self.pixels, generator=generator)
 
@@ -211,10 +220,10 @@ class BatchSynthesizer:
         """Keys of a record, in order."""
         if self.config.method == "psaq":
             own: tuple[str, ...] = ("entropy",)
-        elif not self.layout.attentions:
-            own = ("statistics",) if self._norms else ()
         else:
-            own = ("alignment", "entropy") if self.config.entropy_weight else ("alignment",)
+            guide = "alignment" if self._sites else "statistics" if self._norms else ""
+            diverse = self.layout.attentions and self.config.entropy_weight
+            own = tuple(filter(None, (guide, "entropy" if diverse else "")))
         return (*own, "classification", "step", "variation")
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -306,29 +315,36 @@ class BatchSynthesizer:
         if len(patches):
             wanted = self._patch_labels[drawn]
             classified = classified + losses.soft_cross_entropy(logits[len(images) :], wanted)
-        if not self._sites:
-            guide = {"statistics": torch.stack(distances).mean()} if distances else {}
-            return {**guide, "classification": classified}
         total = len(images) + len(patches)
+        terms: dict[str, Tensor] = {}
+        if self._sites:
+            terms["alignment"] = self._alignment(caught, share=len(images) / total)
+        elif distances:
+            terms["statistics"] = torch.stack(distances).mean()
+        if attended:
+            terms["entropy"] = self._entropy(attended, diverse, share=len(images) / total)
+        return terms | {"classification": classified}
+
+    def _alignment(self, caught: list[Tensor], *, share: float) -> Tensor:
+        """Distance between attention and its priors, summed over the deeper half of the blocks.
+
+        Only the first `share` of what the network saw counts.
+        """
         seen = [
             torch.cat([summary_rows(maps, site=site, layout=self.layout) for maps in parts])
             for parts, site in zip(_per_site(caught, len(self._sites)), self._sites, strict=True)
         ]
-        rows = [row[: row.shape[0] * len(images) // total] for row in seen]
+        rows = [row[: round(len(row) * share)] for row in seen]
         if not self.priors:
             self._draw_priors(rows)
         depth = len(self.layout.attentions)
         first = depth - len(self._sites)
-        aligned = torch.stack(
+        return torch.stack(
             [
                 losses.alignment(row, prior) * ((first + index + 1) / depth)
                 for index, (row, prior) in enumerate(zip(rows, self.priors, strict=True))
             ]
         ).sum()
-        terms = {"alignment": aligned}
-        if attended:
-            terms["entropy"] = self._entropy(attended, diverse, share=len(images) / total)
-        return terms | {"classification": classified}
 
     def _entropy(
         self, attended: list[Tensor], sites: Sequence[AttentionSite], *, share: float = 1.0

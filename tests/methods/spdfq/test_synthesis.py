@@ -91,6 +91,37 @@ def test_patch_similarity_entropy_can_join_attention_alignment(vit):
     assert not torch.equal(plain.images, joined.images)
 
 
+PARTS = ("alignment", "patches", "soft-labels")
+
+
+@pytest.mark.parametrize("kept", [(), *((part,) for part in PARTS), PARTS[:2], PARTS[1:], PARTS])
+def test_each_part_can_be_left_out_alone_or_with_others(vit, kept):
+    made = run(vit, ablate=tuple(part for part in PARTS if part not in kept))
+    assert bool(made.priors) == ("alignment" in made.history[0]) == ("alignment" in kept)
+    assert bool(made.boxes) == ("patches" in kept)
+    assert bool((made.labels.amax(dim=1) < 1.0).all()) == ("soft-labels" in kept)
+    torch.testing.assert_close(made.labels.sum(1), torch.ones(COUNT))
+    if "soft-labels" not in kept:
+        chosen = made.labels.argmax(dim=1).tolist()
+        boxes = {box.image: box.label for box in reversed(made.boxes)}
+        assert not boxes or chosen == [boxes[image] for image in range(COUNT)]
+
+
+def test_ablated_images_can_be_made_with_entropy_and_resumed(vit):
+    states = {}
+    config = {"ablate": ("alignment",), "entropy_weight": 1.0, "steps": 4}
+
+    def kill(index, state):
+        states[index] = state
+        raise KilledError
+
+    whole = run(vit, **config)
+    assert set(whole.history[0]) == {"entropy", "classification", "variation", "step"}
+    with pytest.raises(KilledError):
+        run(vit, checkpoint=kill, **config)
+    assert torch.equal(run(vit, resume=states, **config).images, whole.images)
+
+
 def test_noise_is_standard_normal_and_left_alone(vit):
     made = run(vit, method="noise", count=8)
     assert float(made.images.mean()) == pytest.approx(0.0, abs=0.05)
