@@ -361,6 +361,7 @@ def compile_case(case: Case, capability: int) -> dict[str, object]:
         "shared": compiled.metadata.shared,
         "stack": stack_bytes(compiled.asm["cubin"]),
         "products": sorted(set(products)),
+        "contracts": compiled.metadata.enable_fp_fusion,
         "fused": bool(re.search(r"\bfma\.rn\.f32", ptx)),
         "approximate_division": bool(re.search(r"div\.(full|approx)", ptx)),
     }
