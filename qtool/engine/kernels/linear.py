@@ -223,13 +223,22 @@ def linear_kernel(
             x_sums += tl.sum(left.to(tl.int32), 1)
         x_tile += BLOCK_K
         weight_tile += BLOCK_K
-    # Wide tiles end piece by piece, each with registers for its own columns only.
+    # Wide tiles end part by part, each with registers for its own columns only.
     if BLOCK_N <= 64:
+        parts = (sums,)
+    elif BLOCK_N == 128:
+        parts = _halves(sums)
+    else:
+        left_sums, right_sums = _halves(sums)
+        first, second = _halves(left_sums)
+        third, fourth = _halves(right_sums)
+        parts = (first, second, third, fourth)
+    for part in tl.static_range(len(parts)):
         _finish(
-            sums,
+            parts[part],
             x_sums,
             m_start,
-            n_start,
+            n_start + part * (BLOCK_N // len(parts)),
             x_scale,
             x_zero,
             weight_shift,
@@ -256,76 +265,6 @@ def linear_kernel(
             HAS_TABLE,
             TOP,
         )
-    elif BLOCK_N == 128:
-        left_sums, right_sums = _halves(sums)
-        for part in tl.static_range(2):
-            _finish(
-                left_sums if part == 0 else right_sums,
-                x_sums,
-                m_start,
-                n_start + part * (BLOCK_N // 2),
-                x_scale,
-                x_zero,
-                weight_shift,
-                weight_sums,
-                weight_scale,
-                bias,
-                residual,
-                y,
-                out_scale,
-                out_zero,
-                out_table,
-                rows,
-                channels,
-                group_channels,
-                SCALE_STEP,
-                ZERO_STEP,
-                HAS_SHIFT,
-                HAS_BIAS,
-                HAS_RESIDUAL,
-                HAS_GELU,
-                QUANTIZES,
-                FOLDED,
-                ONE_GROUP,
-                HAS_TABLE,
-                TOP,
-            )
-    else:
-        left_sums, right_sums = _halves(sums)
-        first, second = _halves(left_sums)
-        third, fourth = _halves(right_sums)
-        for part in tl.static_range(4):
-            _finish(
-                first if part == 0 else second if part == 1 else third if part == 2 else fourth,
-                x_sums,
-                m_start,
-                n_start + part * (BLOCK_N // 4),
-                x_scale,
-                x_zero,
-                weight_shift,
-                weight_sums,
-                weight_scale,
-                bias,
-                residual,
-                y,
-                out_scale,
-                out_zero,
-                out_table,
-                rows,
-                channels,
-                group_channels,
-                SCALE_STEP,
-                ZERO_STEP,
-                HAS_SHIFT,
-                HAS_BIAS,
-                HAS_RESIDUAL,
-                HAS_GELU,
-                QUANTIZES,
-                FOLDED,
-                ONE_GROUP,
-                HAS_TABLE,
-                TOP,
-            )
 
 
 def linear(
