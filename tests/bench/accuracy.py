@@ -8,7 +8,8 @@ eval`, called as functions; each leaves one JSON file in the work folder, and a 
 from there. Several processes share the work in the order in which rows are named, seed by seed;
 with `--minutes` they start nothing after that time. With `--results FILE` what was found is kept
 in one file, and what stands there already is not measured again. Accuracy is the drop in top-1
-points from the float model, same pictures, same machine.
+points from the float model, same pictures, same machine. Below the table stands how well the
+agreement that `quantize` reports without labels tells accuracy.
 
 Images are noise, psaq or spdfq; spdfq with some of its parts alone, as spdfq.apa.msr (attention
 alignment, blown-up patches, sl for soft labels) or spdfq.bare; or the name of real `--pictures`.
@@ -275,14 +276,17 @@ def collected(options: argparse.Namespace, names: Sequence[str]) -> dict[str, di
     found = json.loads(results.read_text()) if results and results.exists() else {}
     for name in names:
         path = options.work / f"{name}.json"
-        if name not in found and path.exists():
+        if "agreement" not in found.get(name, {}) and path.exists():
             found[name] = json.loads(path.read_text())
+            agreement = found[name].get("quantize", {}).get("held_out_agreement")
+            if agreement is not None:
+                found[name]["agreement"] = agreement
     return dict(found)
 
 
 def keep(options: argparse.Namespace, found: dict[str, dict[str, Any]]) -> None:
     """Write the file of results."""
-    fields = ("top1", "cpu_seconds")
+    fields = ("top1", "agreement", "cpu_seconds")
     rows = {
         name: {key: found[name][key] for key in fields if key in found[name]}
         for name in sorted(found)
@@ -310,6 +314,14 @@ def print_table(options: argparse.Namespace, found: dict[str, dict[str, Any]]) -
         sets = " / ".join(f"{statistics.mean(d[p.name] for d in seeds):.1f}" for p in options.data)
         each = ", ".join(f"{mean:.1f}" for mean in means)
         print(f"| {images} | {recipe} | {bits} | {statistics.mean(means):.1f} | {each} | {sets} |")
+    told = [
+        (cell["agreement"], statistics.mean(cell["top1"].values()))
+        for cell in found.values()
+        if "agreement" in cell
+    ]
+    if len(told) > 2:
+        r = statistics.correlation(*zip(*told, strict=True))
+        print(f"agreement on held-out images against top-1: r = {r:.2f}, {len(told)} models")
 
 
 def main() -> None:
