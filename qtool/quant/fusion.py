@@ -92,10 +92,7 @@ class QuantBlock(nn.Module):
     def _watched(self) -> bool:
         """Whether someone wants to see what a layer inside takes or returns."""
         if self._hooks is None:
-            inside = list(self.modules())[1:]
-            self._hooks = [
-                hooks for m in inside for hooks in (m._forward_hooks, m._forward_pre_hooks)
-            ]
+            self._hooks = hooks_inside(self)
         return any(self._hooks)
 
     def _made(self) -> Program:
@@ -146,6 +143,12 @@ class QuantBlock(nn.Module):
             fc2=_layer(self.mlp.get_submodule("fc2")),
             heads=attn.num_heads,
         )
+
+
+def hooks_inside(module: nn.Module) -> list[dict[int, Any]]:
+    """Where the layers inside a module keep who wants to see what they take and return."""
+    inside = list(module.modules())[1:]
+    return [hooks for m in inside for hooks in (m._forward_hooks, m._forward_pre_hooks)]
 
 
 def _norm(module: QuantLayerNorm) -> Norm:

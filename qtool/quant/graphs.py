@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from qtool.engine import dispatch
 from qtool.engine.resident import versions_of
+from qtool.quant.fusion import hooks_inside
 
 MOST_GRAPHS = 4
 """Graphs kept for a model; each holds memory for the activations of its shape."""
@@ -100,10 +101,7 @@ class GraphedForward:
     def _watched(self) -> bool:
         """Whether someone wants to see what a layer inside takes or returns."""
         if self._hooks is None:
-            inside = list(self._model.modules())[1:]
-            self._hooks = [
-                hooks for m in inside for hooks in (m._forward_hooks, m._forward_pre_hooks)
-            ]
+            self._hooks = hooks_inside(self._model)
         return any(self._hooks)
 
     def _forget_if_changed(self) -> None:

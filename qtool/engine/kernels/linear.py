@@ -232,7 +232,7 @@ def linear_kernel(
         left_sums, right_sums = _halves(sums)
         first, second = _halves(left_sums)
         third, fourth = _halves(right_sums)
-        parts = (first, second, third, fourth)
+        parts = (first, second, third, fourth)  # type: ignore[assignment]
     for part in tl.static_range(len(parts)):
         _finish(
             parts[part],
