@@ -34,9 +34,10 @@ class _Graph(NamedTuple):
 class GraphedForward:
     """Takes the place of `model.forward` and replays it on a GPU, with the same result.
 
-    The first call with some shape of input runs as ever, the second is captured. So do calls with
-    hooks inside, gradients, other arguments, or while backends are traced. What is written to the
-    model's tensors is noticed.
+    The first call with some shape of input runs layer by layer, the second is captured, later ones
+    are replayed. Calls with hooks inside, gradients, other arguments, or while backends are traced
+    always run layer by layer, and so do all calls of a model that cannot be captured. What is
+    written to the model's tensors is noticed.
 
     Args:
         model: A model in evaluation mode that takes one tensor and returns one.
@@ -48,6 +49,7 @@ class GraphedForward:
         self._graphs: OrderedDict[Hashable, _Graph | None] = OrderedDict()
         self._state: tuple[list[Tensor], tuple[int, ...] | None] | None = None
         self._hooks: list[dict[int, Any]] | None = None
+        self._refused = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphedForward:
         """A copy of a model captures graphs of its own."""
@@ -70,7 +72,11 @@ class GraphedForward:
                 return self._run(x)
             graph = self._graphs[key]
             if graph is None:
-                graph = self._captured(x)
+                try:
+                    graph = self._captured(x)
+                except RuntimeError:  # something inside waits for the GPU, or memory is short
+                    self._refused = True
+                    return self._run(x)
                 self._remember(key, graph)
             self._graphs.move_to_end(key)
             stream = torch.cuda.current_stream(x.device)
@@ -87,7 +93,8 @@ class GraphedForward:
     def _possible(self, x: Tensor) -> bool:
         """Whether a replay would do what a call does."""
         return (
-            isinstance(x, Tensor)
+            not self._refused
+            and isinstance(x, Tensor)
             and x.device.type == "cuda"
             and not (torch.is_grad_enabled() and x.requires_grad)
             and dispatch.current() in ("auto", "triton")

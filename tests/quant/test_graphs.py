@@ -66,6 +66,23 @@ def test_copies_run_their_own_layers(model, device):
         assert isinstance(twin.forward, graphs.GraphedForward)
 
 
+def test_what_cannot_be_captured_runs_as_ever(model, device, monkeypatch):
+    def fails(x):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(model.forward, "_captured", fails)
+    monkeypatch.setattr(graphs.GraphedForward, "_watched", lambda self: False)
+    possible = graphs.GraphedForward._possible
+    monkeypatch.setattr(
+        graphs.GraphedForward, "_possible", lambda self, x: not self._refused or possible(self, x)
+    )
+    x = torch.randn(2, 4, device=device)
+    for _ in range(4):
+        assert torch.equal(model(x), model.inner(x))
+    assert Model.calls == 4
+    assert model.forward._refused
+
+
 @pytest.mark.usefixtures("on_gpu")
 class TestOnGpu:
     def test_the_third_call_replays(self, model, device):
