@@ -59,6 +59,16 @@ def ceilings() -> dict[str, float]:
     }
 
 
+def tokens_of(model: nn.Module, x: Tensor) -> int:
+    """Tokens of a picture in the blocks of a model."""
+    seen: list[int] = []
+    block = next(module for module in model.modules() if isinstance(module, QuantBlock))
+    handle = block.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[1]))
+    model(x)
+    handle.remove()
+    return seen[0]
+
+
 def random_codes(*shape: int) -> Tensor:
     """Codes of four bits on the grid of tables."""
     return (torch.randint(0, 16, shape, device=DEVICE) * 17).to(torch.uint8)
@@ -263,16 +273,7 @@ def main() -> None:
 
     print(json.dumps({k: v for k, v in record.items() if k not in ("kernels", "batches")}))
     size = (3, 224, 224)
-    tokens = 0
-    for module in quantized.modules():
-        if isinstance(module, QuantBlock):
-            handle = module.register_forward_pre_hook(
-                lambda module, inputs: globals().__setitem__("_tokens", inputs[0].shape[1])
-            )
-            quantized(torch.randn(1, *size, device=DEVICE))
-            handle.remove()
-            tokens = globals()["_tokens"]
-            break
+    tokens = tokens_of(quantized, torch.randn(1, *size, device=DEVICE))
     for batch in options.batch:
         for row in kernels(quantized, batch, tokens):
             row = {k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}
