@@ -56,12 +56,12 @@ def load(
         choose_bits(model, header, bits, path=str(path))
     model.qtool_config = header  # type: ignore[assignment]
     model = model.to(device).eval()
-    if torch.device(device).type == "cuda" and header.engine == "fixed" and layers_attend(header):
+    if torch.device(device).type == "cuda" and header.engine == "fixed" and _attends(header):
         graphs.replay(model)
     return model
 
 
-def layers_attend(header: checkpoint.Header) -> bool:
+def _attends(header: checkpoint.Header) -> bool:
     """Whether a model is a transformer, most of whose time on a GPU goes into starting kernels."""
     return any(layer.kind == "attention" for layer in header.layers.values())
 

@@ -20,3 +20,15 @@ def output_size(
         for axis in range(2)
     )
     return height, width
+
+
+def cuts_patches(
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> bool:
+    """Whether every input is read at most once, as by a linear layer over patches."""
+    apart = list(kernel) == list(stride) and list(dilation) == [1, 1]
+    return apart and not any(padding) and groups == 1

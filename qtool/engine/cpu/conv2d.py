@@ -19,6 +19,7 @@ from qtool.engine.cpu.linear import (
     int8_levels,
     no_zeros,
 )
+from qtool.engine.geometry import cuts_patches
 from qtool.engine.resident import derived
 
 
@@ -42,7 +43,7 @@ def conv2d(
     bias = None if bias is None else bias.contiguous()
     if exact.has_int8_units() and x.numel() and len(weight):
         shape = (len(weight), depth, *kernel)
-        if _cuts_patches(kernel, stride, padding, dilation, groups):
+        if cuts_patches(kernel, stride, padding, dilation, groups):
             levels = derived(_patch_packing(weight_bits, shape), weight, weight_zero)
             if levels is not None:
                 scale = derived(both_scales, weight_scale, x_scale)
@@ -77,18 +78,6 @@ def conv2d(
         sums = sums.double() + part
     y = sums.float().contiguous().mul_((x_scale * weight_scale).view(-1, 1, 1))
     return y if bias is None else y.add_(bias.view(-1, 1, 1))
-
-
-def _cuts_patches(
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> bool:
-    """Whether every input is read at most once, as by a linear layer over patches."""
-    apart = list(kernel) == list(stride) and list(dilation) == [1, 1]
-    return apart and not any(padding) and groups == 1
 
 
 def _over_patches(x: Tensor, layer: Packed, kernel: Sequence[int]) -> Tensor:

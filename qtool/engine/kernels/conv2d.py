@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qtool.engine.geometry import output_size
+from qtool.engine.geometry import cuts_patches, output_size
 from qtool.engine.kernels.linear import linear
 
 # WIDE for many output channels in a group, NARROW for depthwise kernels and few channels.
@@ -175,7 +175,7 @@ def conv2d(
     size = output_size(
         x.shape[2:], kernel=kernel, stride=stride, padding=padding, dilation=dilation
     )
-    if groups == 1 and (*kernel, 0, 0, 1, 1) == (*stride, *padding, *dilation):
+    if cuts_patches(kernel, stride, padding, dilation, groups):
         shared = (weight, weight_scale, weight_zero, bias, weight_bits)
         patches = _patches(x, size, kernel)
         rows = linear(patches, x_scale, x_zero, *shared, patches.shape[-1])

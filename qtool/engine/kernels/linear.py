@@ -339,8 +339,10 @@ def _launch(
     if tile is None:
         tile = linear_tile(rows, channels, in_features, ending, x.device)
     groups = 1 if out_scale is None else len(out_scale)
-    folded = x_scale.numel() == x_zero.numel() == 1 and resident.shift is None
-    if folded := folded and out_scale is not None and out_zero is not None:
+    plain = x_scale.numel() == x_zero.numel() == 1 and resident.shift is None
+    folded = False
+    if plain and out_scale is not None and out_zero is not None:
+        folded = True
         parameters = [x_scale, x_zero, resident.sums, out_scale, out_zero]
         if bias is not None:
             parameters.append(bias)
