@@ -6,6 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from qtool.api.synthesize import STEPS, denormalised, estimated_seconds, sheet_p
 from qtool.errors import Progress, QtoolError, UsageError
 from qtool.io import checkpoint
 from qtool.io.atomic import sweep
+from qtool.methods.rotated import rotated
 from qtool.methods.spdfq.reconstruction import (
     ReconstructionConfig,
     UnitRecord,
@@ -59,6 +61,7 @@ DROP = {"paper": 0.0, "strong": 0.5}
 """Share of activations that a training step leaves unrounded, per recipe."""
 
 _BATCH = 32
+_CHECKED = 4
 _ATTENTION_TITLE = "Where the last block looks, beside the priors its images were aligned to"
 
 
@@ -198,12 +201,15 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
             progress=progress,
         )
     layout = vision.layout(opened.model)
-    precision.uniform_plans(settings, opened)  # refuses wrong rules before any work
+    planned = precision.uniform_plans(settings, opened)  # refuses wrong rules before any work
     made = calibration.gather(settings, opened, batch_size=_BATCH, progress=progress)
     trained = made.everything.to(device)
     pixels = trained[: len(made.pixels)]
     synthesized = time.monotonic()
 
+    if settings.recipe == "strong":
+        turned = rotated(opened.model, layout, pixels[:_CHECKED], quantized=planned)
+        opened = replace(opened, model=turned)
     chosen = precision.choose(settings, opened, pixels, progress=progress)
     plans = chosen.plans
     float_bytes = sum(p.numel() * 4 for p in opened.model.parameters())

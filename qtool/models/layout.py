@@ -42,6 +42,22 @@ class AttentionSite:
 
 
 @dataclass(frozen=True)
+class ResidualStream:
+    """The sum that blocks read through LayerNorms and nothing else, and add to.
+
+    Attributes:
+        writers: Layers whose results are added, and the LayerScale in between ("" for none).
+        embeddings: Parameters (..., D) that are added.
+        readers: LayerNorms, and the linear layers that alone read their outputs. A layer that is
+            wider than the stream reads several positions side by side.
+    """
+
+    writers: tuple[tuple[str, str], ...]
+    embeddings: tuple[str, ...]
+    readers: tuple[tuple[str, tuple[str, ...]], ...]
+
+
+@dataclass(frozen=True)
 class Layout:
     """The parts of a classifier, in forward order.
 
@@ -56,6 +72,7 @@ class Layout:
         batch_norms: Pairs of a convolution and the BatchNorm that alone reads its output.
         gelus: A linear layer, the exact GELU that alone reads its output, and the linear layer that
             alone reads the result.
+        streams: Residual streams on which nothing works channel by channel but LayerNorms.
     """
 
     attentions: tuple[AttentionSite, ...]
@@ -66,6 +83,7 @@ class Layout:
     norms: tuple[tuple[str, str], ...] = ()
     batch_norms: tuple[tuple[str, str], ...] = ()
     gelus: tuple[tuple[str, str, str], ...] = ()
+    streams: tuple[ResidualStream, ...] = ()
 
 
 def layout(model: nn.Module) -> Layout:
@@ -132,6 +150,7 @@ def _tokens(model: nn.Module) -> Layout | None:
         grid=grid,
         norms=_norms(model, units),
         gelus=_gelus(model, units),
+        streams=_token_stream(model, units),
     )
 
 
@@ -159,6 +178,88 @@ def _windows(model: nn.Module) -> Layout | None:
         grid=_grid(model),
         norms=_norms(model, units),
         gelus=_gelus(model, units),
+        streams=_stage_streams(model),
+    )
+
+
+def _token_stream(model: nn.Module, units: list[str]) -> tuple[ResidualStream, ...]:
+    """The one stream of a ViT, if nothing else works on it."""
+    modules = dict(model.named_modules())
+    blocks = [name for name in units if name.startswith("blocks.")]
+    last = "norm" if isinstance(modules.get("norm"), nn.LayerNorm) else "fc_norm"
+    heads = tuple(n for n in ("head", "head_dist") if isinstance(modules.get(n), nn.Linear))
+    between = ("norm_pre", "patch_embed.norm", {"norm": "fc_norm", "fc_norm": "norm"}[last])
+    if (
+        not heads
+        or not isinstance(modules.get(last), nn.LayerNorm)
+        or any(_works(modules.get(name)) for name in between)
+        or not all(_is_block(modules[name]) for name in blocks)
+    ):
+        return ()
+    names = ("cls_token", "dist_token", "reg_token", "pos_embed")
+    return (
+        ResidualStream(
+            writers=(("patch_embed.proj", ""), *_writers(modules, blocks)),
+            embeddings=tuple(n for n in names if getattr(model, n, None) is not None),
+            readers=(*_readers(blocks), (last, heads)),
+        ),
+    )
+
+
+def _stage_streams(model: nn.Module) -> tuple[ResidualStream, ...]:
+    """The streams of a Swin's stages but the first, which begins with a LayerNorm's own scales."""
+    modules = dict(model.named_modules())
+    stages = [f"layers.{name}" for name, _ in model.get_submodule("layers").named_children()]
+    found = []
+    for stage, after in zip(stages, [*stages[1:], ""], strict=True):
+        children = modules[f"{stage}.blocks"].named_children()
+        blocks = [f"{stage}.blocks.{name}" for name, _ in children]
+        merging = f"{stage}.downsample"
+        last = (f"{after}.downsample.norm", (f"{after}.downsample.reduction",))
+        if not after:
+            last = ("norm", ("head.fc",))
+        if (
+            type(modules.get(merging)).__name__ == "PatchMerging"
+            and isinstance(modules.get(last[0]), nn.LayerNorm)
+            and isinstance(modules.get(last[1][0]), nn.Linear)
+            and all(_is_block(modules[name]) for name in blocks)
+        ):
+            writers = ((f"{merging}.reduction", ""), *_writers(modules, blocks))
+            found.append(ResidualStream(writers, (), (*_readers(blocks), last)))
+    return tuple(found)
+
+
+def _is_block(block: nn.Module) -> bool:
+    """Whether a block reads its input through two LayerNorms and adds two results to it."""
+    return (
+        type(block).__name__ in ("Block", "SwinTransformerBlock")
+        and type(getattr(block, "mlp", None)).__name__ == "Mlp"
+        and all(isinstance(getattr(block, name), nn.LayerNorm) for name in ("norm1", "norm2"))
+        and all(
+            type(getattr(block, name, None)).__name__ in ("Identity", "LayerScale", "NoneType")
+            for name in ("ls1", "ls2")
+        )
+    )
+
+
+def _works(module: nn.Module | None) -> bool:
+    return module is not None and not isinstance(module, nn.Identity)
+
+
+def _writers(modules: dict[str, nn.Module], blocks: list[str]) -> tuple[tuple[str, str], ...]:
+    pairs = [
+        (f"{block}.{layer}", f"{block}.{scale}")
+        for block in blocks
+        for layer, scale in (("attn.proj", "ls1"), ("mlp.fc2", "ls2"))
+    ]
+    return tuple((layer, scale if _works(modules.get(scale)) else "") for layer, scale in pairs)
+
+
+def _readers(blocks: list[str]) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    return tuple(
+        (f"{block}.{norm}", (f"{block}.{linear}",))
+        for block in blocks
+        for norm, linear in (("norm1", "attn.qkv"), ("norm2", "mlp.fc1"))
     )
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from qtool.api import calibration
 from qtool.api import quantize as api
@@ -233,6 +234,11 @@ def test_rules_for_single_layers_are_honoured(quantize, demo):
     assert layers["blocks.1.attn.qkv"].weight_bits == 4
     assert not [name for name in layers if name.startswith("blocks.1.mlp")]
     assert {item["layer"]: item["bits"] for item in result.items}["blocks.0.attn"] == "a6"
+    assert type(load(OUT).blocks[1].mlp.fc1) is nn.Linear
+
+
+def test_a_skipped_layer_is_untouched_where_nothing_is_rotated(quantize, demo):
+    quantize(demo, out=OUT, recipe="paper", skip=("blocks.1.mlp.*",))
     original = vision.open_model(demo).model.blocks[1].mlp.fc1.weight
     assert torch.equal(load(OUT).blocks[1].mlp.fc1.weight, original)
 
