@@ -61,7 +61,6 @@ DROP = {"paper": 0.0, "strong": 0.5}
 """Share of activations that a training step leaves unrounded, per recipe."""
 
 _BATCH = 32
-_CHECKED = 4
 _ATTENTION_TITLE = "Where the last block looks, beside the priors its images were aligned to"
 
 
@@ -208,8 +207,7 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
     synthesized = time.monotonic()
 
     if settings.recipe == "strong":
-        turned = rotated(opened.model, layout, pixels[:_CHECKED], quantized=planned)
-        opened = replace(opened, model=turned)
+        opened = replace(opened, model=rotated(opened.model, layout, pixels, quantized=planned))
     chosen = precision.choose(settings, opened, pixels, progress=progress)
     plans = chosen.plans
     float_bytes = sum(p.numel() * 4 for p in opened.model.parameters())

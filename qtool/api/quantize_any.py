@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from qtool.methods.multiquant.nested import (
     simulate,
 )
 from qtool.methods.multiquant.sensitivity import sensitivities
+from qtool.methods.rotated import rotated
 from qtool.models import vision
 from qtool.quant import widths
 from qtool.quant.bits import BitSpec
@@ -98,6 +100,8 @@ def quantize(
     gathered = time.monotonic()
 
     quantizer: Quantizer = "table" if settings.recipe == "strong" else "uniform"
+    if settings.recipe == "strong":
+        opened = replace(opened, model=rotated(opened.model, layout, pixels, quantized=plans))
     model = simulate(
         copy.deepcopy(opened.model),
         plans,

@@ -13,25 +13,27 @@ from torch import Tensor, nn
 from qtool.models.layout import Layout, ResidualStream
 from qtool.quant.rotation import mean_keeping_rotation, rotate_heads, rotate_stream
 
+_COMPARED = 4
 _TOLERANCE = 1e-3
 """Largest change of the answer that rounding of float32 explains, in parts of the answer."""
 
 
 def rotated(
-    model: nn.Module, layout: Layout, sample: Tensor, *, quantized: Collection[str]
+    model: nn.Module, layout: Layout, images: Tensor, *, quantized: Collection[str]
 ) -> nn.Module:
     """Rotate residual streams, queries and keys, where that leaves the model's answer as it is.
 
     Args:
         model: A float classifier; it is not changed.
         layout: Its streams and attentions.
-        sample: A few images, (N, 3, H, W), normalised, to compare the answers on.
+        images: (N, 3, H, W), normalised; the answers to the first few are compared.
         quantized: Names of the layers that will be quantized; only those may get a bias.
 
     Returns:
         A rotated copy; the model itself where there is nothing to rotate, or where it computes
         something else than its layout says.
     """
+    sample = images[:_COMPARED]
     with torch.no_grad():
         expected = model(sample)
         for streams in (layout.streams, ()):
