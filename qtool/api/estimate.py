@@ -53,7 +53,11 @@ class Estimate:
 
     def synthesis(self, *, count: int, patches: int, steps: int) -> float:
         """Optimise `count` images and `patches` blown-up squares of them: forward and backward."""
-        return _SYNTHESIS * 2 * steps * (count + patches) * (self.forward or 0.0)
+        return _SYNTHESIS * self.synthesis_floor(count=count, patches=patches, steps=steps)
+
+    def synthesis_floor(self, *, count: int, patches: int, steps: int) -> float:
+        """The part of it that is matrix products: forward, and gradients of inputs alone."""
+        return 2 * steps * (count + patches) * (self.forward or 0.0)
 
     def reconstruction(self, *, count: int, steps: int) -> float:
         """Choose ranges on `count` images and train every block for `steps` steps."""

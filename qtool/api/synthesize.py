@@ -91,6 +91,22 @@ def estimated_seconds(
     return estimate.synthesis(count=count, patches=patches if method == "spdfq" else 0, steps=steps)
 
 
+def _speed(
+    settings: SynthesizeSettings, config: SynthesisConfig, *, boxes: int, seconds: float
+) -> dict[str, float]:
+    """Images per second, and how much of the machine's matrix product rate the synthesis used."""
+    speed = {"images_per_second": round(settings.count / seconds, 4)}
+    estimate = Estimate(settings.model, weights=settings.weights, device=settings.device)
+    if config.method != "noise" and estimate.forward:
+        batches = math.ceil(settings.count / settings.batch_size)
+        drawn = boxes if config.patches_per_step is None else batches * config.patches_per_step
+        floor = estimate.synthesis_floor(
+            count=settings.count, patches=min(boxes, drawn), steps=config.steps
+        )
+        speed["matmul_rate_share"] = round(floor / seconds, 4)
+    return speed
+
+
 class ResumableSynthesis:
     """Synthesis that keeps its state in a file, so that a killed run can go on.
 
@@ -155,6 +171,11 @@ class ResumableSynthesis:
             batch, _, key = name.partition("/")
             states.setdefault(int(batch), {})[key] = tensor
         return states
+
+    @property
+    def begun(self) -> bool:
+        """Whether part of the work was done before."""
+        return bool(self._states)
 
     def _save(self, batch: int, state: dict[str, Tensor]) -> None:
         self._states[batch] = state
@@ -324,6 +345,7 @@ def synthesize_images(settings: SynthesizeSettings, progress: Progress | None = 
         state=settings.out / _RESUME,
         resume=settings.resume,
     )
+    afresh = not work.begun
     made = work.run(progress)
     seconds = time.monotonic() - started
     items, sheet = write_images(settings.out, made, opened, config)
@@ -341,6 +363,8 @@ def synthesize_images(settings: SynthesizeSettings, progress: Progress | None = 
         "seconds": round(seconds, 1),
         "output": str(settings.out),
     }
+    if afresh:
+        summary |= _speed(settings, config, boxes=len(made.boxes), seconds=seconds)
     if made.history and "alignment" in made.history[0]:
         summary["alignment_loss"] = [made.history[i]["alignment"] for i in (0, -1)]
     if agreement < 0.5 and config.method != "noise":

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
+from qtool.api import estimate
 from qtool.api import synthesize as api
 from qtool.api.synthesize import plan_images, synthesize_images
 from qtool.errors import CheckpointError, MissingError, OutputExistsError, UsageError
@@ -88,6 +90,26 @@ def test_other_methods_write_the_same_files(demo, method):
     assert result.summary["patch_agreement"] is None
 
 
+def test_the_summary_compares_the_speed_with_the_matrix_product(demo, monkeypatch):
+    monkeypatch.setattr(estimate, "_operations_per_second", lambda _: 1e9)
+    summary = synthesize_images(settings(demo)).summary
+    model = vision.open_model(demo).model
+    vision.unfuse_attention(model)  # the counter knows no fused attention of a CPU
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, 32, 32))
+    boxes = len(tensors_of()[1]["boxes"])
+    floor = 2 * summary["steps"] * (3 + boxes) * counter.get_total_flops() / 1e9
+    seconds = 3 / summary["images_per_second"]
+    assert seconds == pytest.approx(summary["seconds"], abs=0.06)
+    assert summary["matmul_rate_share"] == pytest.approx(floor / seconds, rel=0.01)
+
+
+def test_without_steps_there_is_no_share_of_a_rate(demo):
+    summary = synthesize_images(settings(demo, method="noise")).summary
+    assert "images_per_second" in summary
+    assert "matmul_rate_share" not in summary
+
+
 def test_the_same_seed_writes_the_same_pictures(demo):
     first = synthesize_images(settings(demo, out=Path("one")))
     synthesize_images(settings(demo, out=Path("two")))
@@ -127,6 +149,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_images(demo, monkeypatch):
     )
     assert result.status == "ok"
     assert done == [10, 11, 12]
+    assert "images_per_second" not in result.summary  # the time of a part would flatter
     assert not state.exists()
     whole, resumed = tensors_of("whole")[1], tensors_of()[1]
     for name in ("images", "labels", "boxes", "agreement"):
