@@ -2,6 +2,7 @@
 
 QtoolError                      1  the work failed
 ├── CheckpointError             1  a checkpoint is damaged, foreign or hostile
+│   └── MissingCheckpointError  4  there is none at the path that was named
 ├── ImageError                  1  a picture cannot be read
 ├── UsageError                  2  the request itself is wrong
 │   └── OutputExistsError       2  the output is already there
@@ -34,6 +35,12 @@ class QtoolError(Exception):
 
 class CheckpointError(QtoolError):
     """A checkpoint is truncated, damaged, foreign or hostile."""
+
+
+class MissingCheckpointError(CheckpointError):
+    """There is no checkpoint at the path that was named."""
+
+    exit_code = 4
 
 
 class ImageError(QtoolError):

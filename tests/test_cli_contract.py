@@ -212,6 +212,27 @@ def test_absent_weights_exit_4_with_size_and_licence(qtool, pictures, line):
     assert_two_lines(ran)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "info absent.safetensors",
+        "switch-bits absent.safetensors --list",
+        "switch-bits absent.safetensors --bits 4 -o out.safetensors",
+        "eval absent.safetensors --data pictures",
+        "quantize absent.safetensors --data-free",
+        "quantize demo_vit --weights absent.safetensors --data-free",
+        "synthesize images absent.safetensors -o d",
+        "demoire pictures -o clean --weights absent.safetensors",
+        "eval absent.safetensors --latency",
+    ],
+)
+def test_an_absent_checkpoint_exits_4_and_is_named(qtool, pictures, line):
+    ran = qtool(*line.split())
+    assert ran.code == 4
+    assert "absent.safetensors" in ran.err
+    assert_two_lines(ran)
+
+
 COMPUTING = [
     "synthesize images demo_vit -o d",
     "synthesize moire --simulate --clean good -o d",

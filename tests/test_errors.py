@@ -9,6 +9,7 @@ from qtool import errors
 CODES = {
     "QtoolError": 1,
     "CheckpointError": 1,
+    "MissingCheckpointError": 4,
     "ImageError": 1,
     "UsageError": 2,
     "OutputExistsError": 2,

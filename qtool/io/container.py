@@ -32,7 +32,7 @@ from typing import Any, BinaryIO, NoReturn
 import torch
 from torch import Tensor
 
-from qtool.errors import CheckpointError, QtoolError
+from qtool.errors import CheckpointError, MissingCheckpointError, QtoolError
 from qtool.io.atomic import Writer, write_file
 
 # In the order in which the safetensors library stores them: wide elements first, so that every
@@ -293,12 +293,14 @@ def open_container(path: Path) -> Iterator[BufferedReader]:
     """Open a container for reading; trouble inside the block is told as trouble with the file.
 
     Raises:
-        CheckpointError: There is no such file, or the system cannot read it.
+        CheckpointError: There is no such file (`MissingCheckpointError`), or the system cannot read
+            it.
     """
     # Checked first because opening a pipe would wait for its other end.
+    if not path.exists():
+        raise MissingCheckpointError(f"{path} does not exist", remedy="check the path")
     if not path.is_file():
-        reason = "is not a file" if path.exists() else "does not exist"
-        raise CheckpointError(f"{path} {reason}", remedy="check the path")
+        raise CheckpointError(f"{path} is not a file", remedy="check the path")
     try:
         with path.open("rb") as file:
             yield file

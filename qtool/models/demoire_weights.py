@@ -21,7 +21,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from qtool.errors import CheckpointError, MissingError, QtoolError, UsageError
+from qtool.errors import (
+    CheckpointError,
+    MissingCheckpointError,
+    MissingError,
+    QtoolError,
+    UsageError,
+)
 from qtool.models import demoire, sources
 from qtool.models.demoire import DemoireSpec
 
@@ -135,9 +141,11 @@ def load_network(
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    remedy = "check the path given to --weights"
+    if not path.exists():
+        raise MissingCheckpointError(f"{path} does not exist", remedy=remedy)
     if not path.is_file():
-        reason = "is not a file" if path.exists() else "does not exist"
-        raise CheckpointError(f"{path} {reason}", remedy="check the path given to --weights")
+        raise CheckpointError(f"{path} is not a file", remedy=remedy)
     if path.suffix.lower() not in SUFFIXES:
         raise CheckpointError(
             f"{path} is no file of weights that can be read",
