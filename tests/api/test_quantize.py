@@ -237,6 +237,18 @@ def test_rules_for_single_layers_are_honoured(quantize, demo):
     assert type(load(OUT).blocks[1].mlp.fc1) is nn.Linear
 
 
+@pytest.mark.parametrize("bits", ["w4a4", "any:2-8"])
+def test_rotated_layers_without_bias_are_stored_and_read(quantize, save_weights, bits):
+    arguments = {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
+    model = save_weights(
+        "deit3_small_patch16_224", {**arguments, "qkv_bias": False, "init_values": 0.5}
+    )
+    assert quantize(model, out=OUT, bits=bits).summary["verify"]["max_abs_difference"] < 1e-4
+    found = load(OUT)
+    assert torch.equal(found.blocks[0].ls1.gamma, torch.ones(32))
+    assert found(torch.zeros(2, 3, 32, 32)).isfinite().all()
+
+
 def test_a_skipped_layer_is_untouched_where_nothing_is_rotated(quantize, demo):
     quantize(demo, out=OUT, recipe="paper", skip=("blocks.1.mlp.*",))
     original = vision.open_model(demo).model.blocks[1].mlp.fc1.weight
