@@ -191,7 +191,7 @@ def _token_stream(model: nn.Module, units: list[str]) -> tuple[ResidualStream, .
     between = ("norm_pre", "patch_embed.norm", {"norm": "fc_norm", "fc_norm": "norm"}[last])
     if (
         not heads
-        or not isinstance(modules.get(last), nn.LayerNorm)
+        or not _is_affine(modules.get(last))
         or any(_works(modules.get(name)) for name in between)
         or not all(_is_block(modules[name]) for name in blocks)
     ):
@@ -220,7 +220,7 @@ def _stage_streams(model: nn.Module) -> tuple[ResidualStream, ...]:
             last = ("norm", ("head.fc",))
         if (
             type(modules.get(merging)).__name__ == "PatchMerging"
-            and isinstance(modules.get(last[0]), nn.LayerNorm)
+            and _is_affine(modules.get(last[0]))
             and isinstance(modules.get(last[1][0]), nn.Linear)
             and all(_is_block(modules[name]) for name in blocks)
         ):
@@ -234,12 +234,16 @@ def _is_block(block: nn.Module) -> bool:
     return (
         type(block).__name__ in ("Block", "SwinTransformerBlock")
         and type(getattr(block, "mlp", None)).__name__ == "Mlp"
-        and all(isinstance(getattr(block, name), nn.LayerNorm) for name in ("norm1", "norm2"))
+        and all(_is_affine(getattr(block, name)) for name in ("norm1", "norm2"))
         and all(
             type(getattr(block, name, None)).__name__ in ("Identity", "LayerScale", "NoneType")
             for name in ("ls1", "ls2")
         )
     )
+
+
+def _is_affine(module: nn.Module | None) -> bool:
+    return isinstance(module, nn.LayerNorm) and module.bias is not None
 
 
 def _works(module: nn.Module | None) -> bool:

@@ -69,6 +69,12 @@ def test_a_model_that_works_on_its_stream_in_secret_is_rotated_in_its_heads_only
     assert not torch.equal(turned.blocks[1].attn.qkv.weight, model.blocks[1].attn.qkv.weight)
 
 
+def test_norms_without_shifts_keep_the_stream_as_it_is():
+    model = vision.build("vit_tiny_patch16_224", VIT)
+    model.blocks[1].norm2 = nn.LayerNorm(48, bias=False)
+    assert layout(model).streams == ()
+
+
 def test_a_layer_that_stays_in_float_gets_no_bias():
     model = built("vit_tiny_patch16_224", {**VIT, "qkv_bias": False})
     x = torch.randn(2, 3, 32, 32)
