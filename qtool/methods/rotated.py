@@ -33,10 +33,12 @@ def rotated(
         A rotated copy; the model itself where there is nothing to rotate, or where it computes
         something else than its layout says.
     """
+    if not layout.attentions:
+        return model
     sample = images[:_COMPARED]
     with torch.no_grad():
         expected = model(sample)
-        for streams in (layout.streams, ()):
+        for streams in dict.fromkeys((layout.streams, ())):
             found = copy.deepcopy(model)
             for stream in streams:
                 _rotate(found, stream, quantized)

@@ -17,7 +17,8 @@ from qtool.models import convolutional
 
 _ATTENTION_PARTS = ("qkv", "proj", "attn_drop", "fused_attn", "num_heads")
 _EXTRAS = ("backbone", "attn_pool", "gate")
-_NORM_FEEDS = (("norm1", "attn.qkv"), ("norm2", "mlp.fc1"), ("norm", "reduction"))
+_BLOCK_FEEDS = (("norm1", "attn.qkv"), ("norm2", "mlp.fc1"))
+_NORM_FEEDS = (*_BLOCK_FEEDS, ("norm", "reduction"))
 
 
 @dataclass(frozen=True)
@@ -263,7 +264,7 @@ def _readers(blocks: list[str]) -> tuple[tuple[str, tuple[str, ...]], ...]:
     return tuple(
         (f"{block}.{norm}", (f"{block}.{linear}",))
         for block in blocks
-        for norm, linear in (("norm1", "attn.qkv"), ("norm2", "mlp.fc1"))
+        for norm, linear in _BLOCK_FEEDS
     )
 
 

@@ -69,6 +69,12 @@ def test_a_model_that_works_on_its_stream_in_secret_is_rotated_in_its_heads_only
     assert not torch.equal(turned.blocks[1].attn.qkv.weight, model.blocks[1].attn.qkv.weight)
 
 
+def test_a_network_without_attention_is_not_even_copied():
+    model = vision.build("resnet18", {"num_classes": 5})
+    x = torch.randn(1, 3, 32, 32)
+    assert rotated(model, layout(model), x, quantized=linears(model)) is model
+
+
 def test_norms_without_shifts_keep_the_stream_as_it_is():
     model = vision.build("vit_tiny_patch16_224", VIT)
     model.blocks[1].norm2 = nn.LayerNorm(48, bias=False)
