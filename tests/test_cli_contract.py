@@ -378,6 +378,43 @@ def test_a_run_ends_in_one_object_and_its_seed_decides_every_byte(qtool, good, c
     assert (made["one"] == made["three"]) is (command == "demoire")
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "eval demo_vit --count 2 --report mine.html",
+        "eval pairs/moire --reference pairs/clean --report mine.html",
+        "quantize demo_vit --data-free --report mine.html",
+        "demoire good -o clean --preview mine.html",
+    ],
+)
+def test_a_page_that_is_there_is_replaced_only_when_asked(qtool, good, tmp_path, line):
+    (tmp_path / "mine.html").write_text("mine")
+    for flags in ([], ["-n"]):
+        ran = qtool(*line.split(), "--device", "cpu", *flags)
+        assert ran.code == 2
+        assert "mine.html" in ran.err
+        assert "--overwrite" in ran.err
+        assert_two_lines(ran)
+    assert qtool(*line.split(), "--device", "cpu", "-n", "--overwrite").code == 0
+    assert (tmp_path / "mine.html").read_text() == "mine"
+    assert not (tmp_path / "clean").exists()
+
+
+def test_a_report_is_replaced_when_asked(qtool, tmp_path):
+    words = ["eval", "demo_vit", "--count", "2", "--device", "cpu", "--report", "mine.json"]
+    (tmp_path / "mine.json").write_text("mine")
+    assert qtool(*words, "--overwrite").code == 0
+    assert json.loads((tmp_path / "mine.json").read_text())["command"] == "eval"
+
+
+def test_processes_that_share_photographs_write_no_preview(qtool, good, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ran = qtool(*["demoire", "good", "-o", "clean", "--preview", "page.html", "-n"])
+    assert ran.code == 2
+    assert "--preview" in ran.err
+
+
 @pytest.mark.parametrize("command", CHEAP)
 def test_what_is_there_is_refused_skipped_or_replaced(qtool, good, command):
     words = [*CHEAP[command].replace("OUT", "out").split(), "--device", "cpu", "-q"]

@@ -102,7 +102,7 @@ def plan(settings: EvaluateSettings) -> Result:
     if settings.reference is not None:
         return restored.plan(settings, settings.reference)
     _check_gates(settings)
-    check_report(settings.report)
+    check_report(settings.report, replace=settings.overwrite)
     architecture = check_names(settings)
     _check_data(settings, drawable=architecture == "demo_vit")
     summary: dict[str, Any] = {
@@ -172,7 +172,7 @@ def evaluate(settings: EvaluateSettings, progress: Progress | None = None) -> Re
     if settings.reference is not None:
         return restored.evaluate(settings, settings.reference, progress)
     _check_gates(settings)
-    check_report(settings.report)
+    check_report(settings.report, replace=settings.overwrite)
     device = prepare(settings)
     target = open_target(
         settings.target,

@@ -66,7 +66,7 @@ _ATTENTION_TITLE = "Where the last block looks, beside the priors its images wer
 
 def _outputs(settings: QuantizeSettings) -> bool:
     """Check all outputs before work starts; False means the result is there and may stay."""
-    check_report(settings.report)
+    check_report(settings.report, replace=settings.overwrite or settings.skip_existing)
     return hub_folder.check_output(
         settings.output,
         settings.folder,

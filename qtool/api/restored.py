@@ -138,7 +138,7 @@ def _check(settings: EvaluateSettings) -> None:
             raise UsageError(
                 f"there is no metric {metric!r} here", remedy=f"choose {' or '.join(near)}"
             )
-    check_report(settings.report)
+    check_report(settings.report, replace=settings.overwrite)
     if perceptual.NAME in _metrics(settings):
         perceptual.require_package()
 

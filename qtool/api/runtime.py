@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qtool.engine import dispatch
-from qtool.errors import MissingError
+from qtool.errors import MissingError, OutputExistsError
 from qtool.io import folders, images
 from qtool.io.atomic import write_file
 from qtool.models.vision import DataConfig
@@ -81,14 +81,24 @@ def bfloat16_is_faster(device: torch.device) -> bool:
     return sys.platform == "linux" and bool(torch.cpu._is_avx512_bf16_supported())
 
 
-def check_report(path: Path | None) -> None:
-    """Refuse before any work a report that could not be written; an old one may be replaced.
+def check_report(path: Path | None, *, replace: bool) -> None:
+    """Refuse before any work a report or preview that could not be written.
+
+    Args:
+        path: The page, if one was asked for.
+        replace: Whether one that is there may be replaced.
 
     Raises:
+        OutputExistsError: It is there and may not.
         QtoolError: The place cannot be written to.
     """
-    if path is not None:
-        folders.check_output(path, overwrite=True)
+    if path is None:
+        return
+    if path.is_file() and not replace:
+        raise OutputExistsError(
+            f"{path} exists already", remedy="replace it with --overwrite, or name another file"
+        )
+    folders.check_output(path, overwrite=True)
 
 
 def write_report(path: Path | None, result: Result) -> None:

@@ -84,6 +84,9 @@ def evaluate(
         Path | None,
         option(EvaluateSettings, "report", "--report", panel=OUTPUT, metavar="FILE"),
     ] = None,
+    overwrite: Annotated[
+        bool | None, option(EvaluateSettings, "overwrite", "--overwrite", panel=OUTPUT)
+    ] = None,
 ) -> int:
     """Measure a model."""
     with session(ctx, EvaluateSettings) as run:

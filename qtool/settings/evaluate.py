@@ -68,6 +68,7 @@ class EvaluateSettings(CommonSettings):
         default=False, description="Time the model as well, and name its backends."
     )
     report: ReportPath = Field(default=None, description="Report to write: .json, .md or .html.")
+    overwrite: bool = Field(default=False, description="Replace a report that exists.")
     minimum: tuple[str, ...] = Field(
         default=(),
         description="METRIC=VALUE that must be reached, else exit 5; for example top1=75.",

@@ -23,9 +23,9 @@ from qtool.api.demoire import network as networks
 from qtool.api.demoire import photo as work
 from qtool.api.demoire import preview
 from qtool.api.demoire.jobs import Job, Plan, make_plan, relative, settings_hash
-from qtool.api.runtime import notice, planned_device, prepare
+from qtool.api.runtime import check_report, notice, planned_device, prepare
 from qtool.errors import ImageError, MissingError, Progress, QtoolError, UsageError
-from qtool.io import folders, photo_metadata, photo_write, photos, segments
+from qtool.io import photo_metadata, photo_write, photos, segments
 from qtool.io.atomic import sweep, write_file
 from qtool.io.journal import Journal, Record
 from qtool.methods.undem import detection
@@ -110,8 +110,6 @@ def demoire(
         QtoolError: The request is wrong, something is missing, or the only photograph failed.
     """
     made = _plan(settings, listed)
-    if settings.preview is not None:
-        folders.check_output(settings.preview, overwrite=True)
     device = prepare(_placed(settings))
     restorer = networks.make_restorer(networks.open_network(settings), device)
     _clean_up(made)
@@ -135,11 +133,17 @@ def demoire(
 
 
 def _plan(settings: DemoireSettings, listed: Sequence[str]) -> Plan:
+    check_report(settings.preview, replace=settings.overwrite or settings.skip_existing)
+    share = _share()
+    if settings.preview is not None and share[1] > 1:
+        raise UsageError(
+            "several processes cannot write one preview", remedy="leave out --preview here"
+        )
     return make_plan(
         settings,
         listed=listed,
         weights_sha256=lambda: networks.weights_sha256(settings),
-        share=_share(),
+        share=share,
     )
 
 
