@@ -79,7 +79,8 @@ class TrainRun:
         self.best = _copied(network)
         self.best_step = 0
         self.seconds = 0.0
-        self.identity = json.dumps([*identity, settings.batch_size, settings.seed], sort_keys=True)
+        chosen = (settings.batch_size, settings.crop, settings.learning_rate, settings.init)
+        self.identity = json.dumps([*identity, *chosen, settings.seed], sort_keys=True)
         saved = self._read() if settings.resume and self.state_path.exists() else None
         if saved is not None:
             self.config = self._configured(saved[0]["steps"])

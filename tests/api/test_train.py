@@ -110,8 +110,9 @@ def test_a_killed_training_goes_on_and_ends_alike():
 
     with pytest.raises(KeyboardInterrupt):
         train_demoire(settings(), progress=stop)
-    with pytest.raises(CheckpointError, match="other settings"):
-        train_demoire(settings(seed=1, resume=True))
+    for other in ({"seed": 1}, {"learning_rate": 1e-3}, {"batch_size": 3}):
+        with pytest.raises(CheckpointError, match="other settings"):
+            train_demoire(settings(**other, resume=True))
     cut = train_demoire(settings(resume=True))
     assert cut.summary["held_out_psnr"] == whole.summary["held_out_psnr"]
     assert Path("w.safetensors").read_bytes() == Path("whole.safetensors").read_bytes()
