@@ -21,6 +21,11 @@ _RECONSTRUCTION = 1.9
 # The same for training quantized convolutions; measured with a ResNet-20 on a CPU.
 _TRAINING = 2.7
 
+# The same for classifying in float32, where matrix products are of bfloat16; and seconds to read
+# a photograph of half a megapixel.
+_FORWARD = 3.0
+_READING = 0.012
+
 # Ranges, errors and checks of one calibration image, in forward passes.
 _PASSES = 32
 
@@ -63,6 +68,10 @@ class Estimate:
         """Choose ranges on `count` images and train every block for `steps` steps."""
         trained = _RECONSTRUCTION * 3 * steps * _RECONSTRUCTION_BATCH
         return (trained + _PASSES * count) * (self.forward or 0.0)
+
+    def passes(self, pictures: int) -> float:
+        """Read so many pictures and classify them."""
+        return pictures * (_READING + (self.forward or 0.0) * _FORWARD)
 
     def training(self, *, pictures: int, passes: float) -> float:
         """Train on so many pictures, each of which goes through the network `passes` times."""

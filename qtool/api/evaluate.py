@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from qtool.api import evaluate_widths, latency, restored
+from qtool.api.estimate import Estimate
 from qtool.api.runtime import (
     check_report,
     planned_device,
@@ -116,8 +118,10 @@ def plan(settings: EvaluateSettings) -> Result:
     }
     if settings.widths:
         summary["bits"] = list(settings.widths)
-    if settings.data is not None:
-        folders.find_images(settings.data)
+    pictures = len(folders.find_images(settings.data)) if settings.data else settings.count
+    passes = min(pictures, settings.limit or pictures) * max(1, len(settings.widths))
+    estimate = Estimate(architecture, weights="pretrained", device=settings.device)
+    summary["estimated_seconds"] = math.ceil(estimate.passes(passes))
     return Result("eval", status="planned", summary=summary)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from qtool.api.moire_data import near, read_pairs, read_pictures
 from qtool.api.moire_training import adopt
-from qtool.api.runtime import planned_device, prepare
+from qtool.api.runtime import bfloat16_is_faster, choose_device, prepare
 from qtool.api.train_run import TrainRun
 from qtool.errors import Progress, UsageError
 from qtool.io import container, folders
@@ -29,6 +30,9 @@ BUNDLED, NONE = "bundled", "none"
 HELD_OUT = 10
 """One of so many pictures is kept for measuring."""
 
+_BESIDE = 1.4
+"""Time of a training step in that of forward and backward: batches, optimiser, measurements."""
+
 _PATTERN = 96
 """Side of the band patterns: few photographs have larger parts that are flat and grey."""
 
@@ -39,7 +43,7 @@ short training never reaches otherwise."""
 
 
 def plan_demoire(settings: TrainDemoireSettings) -> Result:
-    """What `train_demoire` would do; reads no picture and no weights."""
+    """What `train_demoire` would do, and how long it would take; reads no picture."""
     if not _check_output(settings):
         skipped = {"output": str(settings.out), "skipped": True}
         return Result(COMMAND, status="planned", summary=skipped)
@@ -52,15 +56,22 @@ def plan_demoire(settings: TrainDemoireSettings) -> Result:
         )
         if folder is not None
     }
+    device = choose_device(settings.device)
+    name, _, network = _network(settings)
+    if settings.budget is None:
+        seconds = settings.steps * _seconds_per_step(network.to(device), settings)
+    else:
+        seconds = 60 * settings.budget
     summary = {
-        "model": settings.model,
+        "model": name,
         "init": settings.init,
         "pictures": counts,
         "steps": None if settings.budget else settings.steps,
         "budget_minutes": settings.budget,
+        "estimated_seconds": math.ceil(seconds),
         "batch_size": settings.batch_size,
         "crop": settings.crop,
-        "device": planned_device(settings),
+        "device": str(device),
         "output": str(settings.out),
         "skipped": False,
     }
@@ -133,6 +144,22 @@ def _check_output(settings: TrainDemoireSettings) -> bool:
         overwrite=settings.overwrite or settings.resume,
         skip_existing=settings.skip_existing,
     )
+
+
+def _seconds_per_step(network: nn.Module, settings: TrainDemoireSettings) -> float:
+    """Time the network forwards and backwards, and what a step does besides on top."""
+    device = next(network.parameters()).device
+    x = torch.rand(settings.batch_size, 3, settings.crop, settings.crop, device=device)
+    seconds = []
+    for _ in range(2):  # the first one starts threads and libraries
+        started = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16_is_faster(device)):
+            outputs = network(x)
+        torch.stack([output.float().mean() for output in outputs]).sum().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return _BESIDE * min(seconds)
 
 
 def _network(settings: TrainDemoireSettings) -> tuple[str, dict[str, Any], nn.Module]:

@@ -8,7 +8,13 @@ import torch
 from qtool.api import train_run
 from qtool.api.moire import synthesize_moire
 from qtool.api.train import plan_demoire, train_demoire
-from qtool.errors import CheckpointError, MissingError, OutputExistsError, UsageError
+from qtool.errors import (
+    CheckpointError,
+    MissingCheckpointError,
+    MissingError,
+    OutputExistsError,
+    UsageError,
+)
 from qtool.io import images
 from qtool.models import demoire, demoire_weights
 from qtool.settings.moire import MoireSettings
@@ -167,7 +173,15 @@ def test_a_plan_counts_and_writes_nothing():
     plan = plan_demoire(unpaired(budget=30))
     assert plan.summary["pictures"] == {"moire": 4, "clean": 4}
     assert plan.summary["steps"] is None
+    assert plan.summary["estimated_seconds"] == 30 * 60
+    few, many = (plan_demoire(unpaired(steps=steps)).summary for steps in (10, 1_000_000))
+    assert 0 < few["estimated_seconds"] < many["estimated_seconds"]
     assert not Path("w.safetensors").exists()
+
+
+def test_a_plan_misses_what_the_run_would():
+    with pytest.raises(MissingCheckpointError, match=r"absent\.pth"):
+        plan_demoire(settings(init="absent.pth", width=None))
 
 
 def test_a_budget_is_kept_by_the_clock(monkeypatch):

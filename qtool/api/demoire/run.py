@@ -6,6 +6,7 @@ While one photograph is computed the next is read and the last is written.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import time
 from collections import Counter
@@ -23,7 +24,7 @@ from qtool.api.demoire import network as networks
 from qtool.api.demoire import photo as work
 from qtool.api.demoire import preview
 from qtool.api.demoire.jobs import Job, Plan, make_plan, relative, settings_hash
-from qtool.api.runtime import check_report, notice, planned_device, prepare
+from qtool.api.runtime import check_report, choose_device, notice, prepare
 from qtool.errors import ImageError, MissingError, Progress, QtoolError, UsageError
 from qtool.io import photo_metadata, photo_write, photos, segments
 from qtool.io.atomic import sweep, write_file
@@ -34,6 +35,9 @@ from qtool.report import Result, Status
 from qtool.settings.demoire import DemoireSettings
 
 Sink = Callable[[bytes], None]
+
+_FILE_SECONDS = 0.1
+"""To read, judge and write a megapixel, beside what the network takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,23 +68,27 @@ class _Run:
 
 
 def plan(settings: DemoireSettings, *, listed: Sequence[str] = ()) -> Result:
-    """What `demoire` would do; loads no weights and decodes nothing.
+    """What `demoire` would do, and how long it would take; decodes nothing.
 
     Raises:
-        QtoolError: The request is wrong, or weights are missing.
+        QtoolError: The request is wrong, or weights are missing or damaged.
     """
     made = _plan(settings, listed)
-    networks.weights_sha256(settings)
     items = [_header_item(job) for job in made.jobs]
+    megapixels = sum(item.get("megapixels", 0.0) for item in items)
     items += [{**_item(job), "status": "skipped"} for job in made.done]
+    device = choose_device(_placed(settings).device)
+    network = networks.open_network(settings)
+    seconds = megapixels * (_FILE_SECONDS + networks.seconds_per_megapixel(network, device))
     summary = {
         "photographs": len(made.jobs),
         "skipped": len(made.done),
         "ignored": made.ignored,
-        "megapixels": round(sum(item.get("megapixels", 0.0) for item in items), 1),
+        "megapixels": round(megapixels, 1),
         "bytes": sum(item.get("bytes", 0) for item in items),
         "weights": str(networks.weights_path(settings)),
-        "device": planned_device(_placed(settings)),
+        "device": str(device),
+        "estimated_seconds": math.ceil(seconds),
         "output": settings.out,
     }
     return Result("demoire", status="planned", items=items, summary=summary)

@@ -282,6 +282,7 @@ def test_a_plan_decodes_nothing_and_writes_nothing(awkward, weights, tmp_path):
     planned = api.plan(settings)
     assert planned.summary["photographs"] == 19
     assert planned.summary["megapixels"] > 0
+    assert planned.summary["estimated_seconds"] > 0
     assert not (tmp_path / "out").exists()
 
 
