@@ -30,6 +30,8 @@ class DemoireSpec:
         scales: For each output, in order, by how much it is smaller than the input.
         parameters: Number of parameters in millions.
         bytes_per_pixel: Memory that a pixel of input takes at the peak, float32 on the CPU.
+        cpu_tile: Side of the tiles that a CPU is fastest with, whose caches hold them; 0 for
+            networks that see better when they see all of a picture.
         sees: Globs of the layers that look at the picture itself.
         writes: Globs of the layers whose output becomes the picture, or gates it.
         paper: Where it was published.
@@ -44,6 +46,7 @@ class DemoireSpec:
     scales: tuple[int, ...]
     parameters: float
     bytes_per_pixel: int
+    cpu_tile: int = 0
     sees: tuple[str, ...]
     writes: tuple[str, ...]
     paper: str
@@ -68,6 +71,7 @@ NETWORKS: tuple[DemoireSpec, ...] = (
         scales=(1,),
         parameters=0.119,
         bytes_per_pixel=600,
+        cpu_tile=512,
         sees=("looks.*.first",),
         writes=("gates.*",),
         paper="qtool",

@@ -142,6 +142,7 @@ def make_restorer(network: DemoireNetwork, device: torch.device) -> Restorer:
         device=device,
         bfloat16=bfloat16,
         batch_size=4 if device.type == "cuda" else 1,
+        tile=network.spec.cpu_tile if device.type == "cpu" else 0,
     )
 
 

@@ -36,7 +36,7 @@ from qtool.settings.demoire import DemoireSettings
 
 Sink = Callable[[bytes], None]
 
-_FILE_SECONDS = 0.1
+_FILE_SECONDS = 0.35
 """To read, judge and write a megapixel, beside what the network takes."""
 
 

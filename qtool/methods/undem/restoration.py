@@ -23,6 +23,9 @@ Read = Callable[[Tensor, Tensor], Tensor]
 """Gives the rows and columns with these indices as (3, rows, columns)."""
 
 _SEAM_LIMIT = 2 / 255
+_TILED_FROM = 4
+"""Pictures of fewer tiles than this are not worth cutting up: the overlap costs more."""
+
 _FIT_SAMPLES = 400_000
 _KEPT_SHARE = 0.8
 _FIT_ROUNDS = 2
@@ -37,7 +40,7 @@ class Change:
 
     Attributes:
         values: (3, H, W), float32, on the CPU: to be added to the picture.
-        tile: Side of the tiles, 0 when the picture went through whole.
+        tile: Largest side of the tiles, 0 when the picture went through whole.
         seam: Mean absolute difference of neighbouring tiles where they overlap, in 0..1.
     """
 
@@ -62,6 +65,7 @@ class Restorer:
         device: Where to compute.
         bfloat16: Whether convolutions run in bfloat16.
         batch_size: Tiles computed together.
+        tile: Side of the tiles that large pictures are fastest in; 0 takes them whole.
     """
 
     network: nn.Module
@@ -71,6 +75,7 @@ class Restorer:
     device: torch.device
     bfloat16: bool = False
     batch_size: int = 1
+    tile: int = 0
 
     def change(
         self,
@@ -90,7 +95,7 @@ class Restorer:
             height: H.
             width: W.
             tile: Side of tiles, never replaced by another; 0 for the whole picture; None takes
-                the whole picture where memory allows, else tiles, halved when memory runs out.
+                what is fastest and fits, with tiles halved when memory runs out.
             overlap: Pixels that neighbouring tiles share; None for an eighth of a tile.
             memory: Bytes that computing may take; None for no bound.
             progress: Told how many of how many tiles are done.
@@ -103,7 +108,9 @@ class Restorer:
         cause: BaseException | None = None
         for side in sides:
             try:
-                return self._tiled(read, height, width, side, overlap, progress)
+                return self._tiled(
+                    read, height, width, side, overlap, progress, shrink=tile is None
+                )
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -116,8 +123,9 @@ class Restorer:
     def _sides(self, height: int, width: int, memory: int | None) -> list[int]:
         """Sides to try, 0 for the whole picture."""
         room = memory if memory is not None else 1 << 62
-        sides = [0] if height * width * self.bytes_per_pixel <= room else []
-        side = LARGEST
+        faster = 0 < _TILED_FROM * self.tile**2 < height * width
+        sides = [0] if height * width * self.bytes_per_pixel <= room and not faster else []
+        side = self.tile or LARGEST
         while side >= SMALLEST:
             fits = side * side * self.bytes_per_pixel <= room
             if side < max(height, width) and (fits or side == SMALLEST):
@@ -133,10 +141,14 @@ class Restorer:
         side: int,
         overlap: int | None,
         progress: Callable[[int, int], None] | None,
+        *,
+        shrink: bool,
     ) -> Change:
         shared = side // 8 if overlap is None else min(overlap, side // 2)
-        rows = plan_axis(height, tile=side, overlap=shared, multiple=self.multiple)
-        columns = plan_axis(width, tile=side, overlap=shared, multiple=self.multiple)
+        rows, columns = (
+            plan_axis(length, tile=side, overlap=shared, multiple=self.multiple, shrink=shrink)
+            for length in (height, width)
+        )
         values = torch.zeros(3, height, width)
         places = list(itertools.product(range(len(rows.starts)), range(len(columns.starts))))
         seams: list[float] = []

@@ -48,7 +48,7 @@ class Axis:
         return 0.5 - 0.5 * torch.cos(math.pi * share)
 
 
-def plan_axis(length: int, *, tile: int, overlap: int, multiple: int) -> Axis:
+def plan_axis(length: int, *, tile: int, overlap: int, multiple: int, shrink: bool = False) -> Axis:
     """Lay tiles along one side, as few as will do, evenly spread.
 
     Args:
@@ -56,20 +56,32 @@ def plan_axis(length: int, *, tile: int, overlap: int, multiple: int) -> Axis:
         tile: Side of a tile; rounded up to a multiple. 0 makes one tile.
         overlap: Least number of pixels two neighbours share.
         multiple: What a tile's side must be a multiple of; tiles start at multiples too.
+        shrink: Whether tiles may be smaller where as many of them still share `overlap` pixels.
     """
     padded = _up(length, multiple)
     size = min(_up(tile, multiple), padded) if tile else padded
     overlap = min(_up(overlap, multiple), size - multiple)
     if size == padded:
         return Axis(length=length, size=padded, starts=(0,), ramp=1)
-    stride = size - overlap
-    count = 1 + math.ceil((padded - size) / stride)
-    last = padded - size
-    starts = [index * last // (count - 1) // multiple * multiple for index in range(count)]
+    count = 1 + math.ceil((padded - size) / (size - overlap))
+    if shrink:
+        sizes = range(_up((padded + (count - 1) * overlap) // count, multiple), size, multiple)
+        shared = (s for s in sizes if s - _widest(_spread(padded - s, count, multiple)) >= overlap)
+        size = next(shared, size)
+    starts = _spread(padded - size, count, multiple)
     # Two hand-overs must not meet, or three tiles would share a pixel.
     nearest = min(right - left for left, right in itertools.pairwise(starts))
     ramp = max(1, min(overlap, nearest))
     return Axis(length=length, size=size, starts=tuple(starts), ramp=ramp)
+
+
+def _spread(last: int, count: int, multiple: int) -> list[int]:
+    """First pixels of `count` tiles, the last of which begins at `last`."""
+    return [index * last // (count - 1) // multiple * multiple for index in range(count)]
+
+
+def _widest(starts: list[int]) -> int:
+    return max(right - left for left, right in itertools.pairwise(starts))
 
 
 def mirrored(start: int, size: int, length: int) -> Tensor:

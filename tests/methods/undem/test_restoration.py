@@ -96,7 +96,7 @@ def test_memory_that_runs_out_halves_tiles_down_to_the_smallest():
     greedy = Greedy(512)
     change = restorer(greedy).change(reader(picture), 1100, 1100)
     assert change.tile == 512
-    assert list(dict.fromkeys(greedy.tried)) == [1120, 1024, 512]
+    assert list(dict.fromkeys(greedy.tried)) == [1120, 640, 416]
     with pytest.raises(MemoryError):
         restorer(Greedy(100)).change(reader(picture), 1100, 1100)
 
@@ -116,6 +116,13 @@ def test_a_memory_bound_decides_the_tiles():
     for memory, tile in bounds.items():
         change = restorer(Pointwise()).change(reader(picture), 1100, 1100, memory=memory)
         assert change.tile == tile
+
+
+@pytest.mark.parametrize(("size", "tile"), [((1100, 1100), 512), ((1024, 1024), 0), ((40, 99), 0)])
+def test_large_pictures_go_in_the_tiles_that_are_fastest(size, tile):
+    cut = restorer(Pointwise(), tile=512)
+    assert cut.change(reader(torch.rand(3, *size)), *size).tile == tile
+    assert cut.change(reader(torch.rand(3, *size)), *size, tile=0).tile == 0
 
 
 def test_other_errors_are_not_taken_for_lack_of_memory():

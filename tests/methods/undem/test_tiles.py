@@ -12,6 +12,7 @@ axes = st.builds(
     tile=st.integers(0, 700),
     overlap=st.integers(0, 200),
     multiple=st.sampled_from([8, 32, 64]),
+    shrink=st.booleans(),
 )
 
 
@@ -31,12 +32,24 @@ def test_weights_add_up_to_one(axis):
     st.sampled_from([8, 32, 64]),
 )
 def test_tiles_are_equal_aligned_and_overlap(length, tile, overlap, multiple):
-    axis = plan_axis(length, tile=tile, overlap=overlap, multiple=multiple)
-    assert axis.size % multiple == 0
-    assert all(start % multiple == 0 for start in axis.starts)
-    assert axis.starts[-1] + axis.size - axis.length < multiple
-    for left, right in zip(axis.starts, axis.starts[1:], strict=False):
-        assert left + axis.size - right >= min(overlap, axis.size - multiple)
+    whole, shrunk = (
+        plan_axis(length, tile=tile, overlap=overlap, multiple=multiple, shrink=shrink)
+        for shrink in (False, True)
+    )
+    for axis in (whole, shrunk):
+        assert axis.size % multiple == 0
+        assert all(start % multiple == 0 for start in axis.starts)
+        assert axis.starts[-1] + axis.size - axis.length < multiple
+        for left, right in zip(axis.starts, axis.starts[1:], strict=False):
+            assert left + axis.size - right >= min(overlap, axis.size - multiple)
+    assert len(shrunk.starts) == len(whole.starts)
+    assert shrunk.size <= whole.size
+
+
+def test_tiles_shrink_to_what_as_many_need():
+    tiles = {"tile": 1024, "overlap": 128, "multiple": 32}
+    assert plan_axis(4000, **tiles).size == 1024
+    assert plan_axis(4000, **tiles, shrink=True).size == 928
 
 
 def test_a_small_picture_is_one_tile():
