@@ -19,10 +19,9 @@ from qtool.methods.multiquant.branch_training import (
     BranchTrainer,
     BranchTraining,
     accuracy,
-    processes,
-    rank,
 )
 from qtool.methods.multiquant.branches import BranchedClassifier, observe
+from qtool.methods.processes import processes, rank
 from qtool.settings.quantize import QuantizeSettings
 
 _SAVE_SECONDS = 60.0

@@ -18,9 +18,9 @@ from qtool.api.load import restore
 from qtool.api.runtime import notice, planned_device, write_report
 from qtool.errors import ImageError, Progress, QtoolError
 from qtool.io import checkpoint
-from qtool.methods.multiquant.branch_training import rank
 from qtool.methods.multiquant.branches import BranchedClassifier, branched, freeze
 from qtool.methods.multiquant.selection import NarrowWidths, select
+from qtool.methods.processes import rank
 from qtool.models import vision
 from qtool.models.residual import ResidualLayout, residual_layout
 from qtool.report import Chart, Result, Table

@@ -8,7 +8,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from qtool.api.estimate import Estimate
+from qtool.api.parallel import torchrun_group
 from qtool.api.runtime import bfloat16_is_faster, notice, planned_device, prepare
 from qtool.errors import CheckpointError, Progress, UsageError
 from qtool.io import container, folders, images
 from qtool.io.atomic import sweep, write_file
 from qtool.io.cache import cache_dir
 from qtool.methods import spdfq
-from qtool.methods.spdfq.batch import Method, Part, SynthesisConfig, SyntheticImages
-from qtool.methods.spdfq.synthesis import synthesize
+from qtool.methods.processes import processes, rank, wait_for_all
+from qtool.methods.spdfq.batch import MOMENTS, Method, Part, SynthesisConfig, SyntheticImages
+from qtool.methods.spdfq.synthesis import batches, merged
 from qtool.models import vision
 from qtool.report import Picture, Result, Table
 from qtool.settings.synthesize import SynthesizeSettings
@@ -108,14 +110,14 @@ def _speed(
 
 
 class ResumableSynthesis:
-    """Synthesis that keeps its state in a file, so that a killed run can go on.
+    """Synthesis that keeps its state in a file per batch, so that a killed run can go on.
 
     Args:
         opened: The classifier.
         config: Settings of the method.
         count: Number of images.
         batch_size: Images optimised together.
-        state: File for the state.
+        state: File for the state of the first batch; those of others lie beside it.
         resume: Whether an existing state is taken up.
     """
 
@@ -146,8 +148,8 @@ class ResumableSynthesis:
             sort_keys=True,
             default=str,
         )
+        self.resume = resume
         self._saved_at = time.monotonic()
-        self._states: dict[int, dict[str, Tensor]] = self._read() if resume else {}
 
     @property
     def kept_images(self) -> Path:
@@ -157,39 +159,52 @@ class ResumableSynthesis:
             digest.update(source.read_bytes())
         return cache_dir() / "synthesis" / f"{digest.hexdigest()}.safetensors"
 
-    def _read(self) -> dict[int, dict[str, Tensor]]:
-        if not self.state.exists():
-            return {}
-        metadata, tensors = read_tensor_file(self.state)
+    def _file(self, batch: int) -> Path:
+        return self.state.with_stem(f"{self.state.stem}-{batch:05d}") if batch else self.state
+
+    def _files(self) -> list[Path]:
+        """All files of state that are there, of whatever run."""
+        numbered = re.compile(
+            rf"{re.escape(self.state.stem)}(-[0-9]{{5,}})?{re.escape(self.state.suffix)}"
+        )
+        folder = self.state.parent
+        found = folder.iterdir() if folder.is_dir() else ()
+        return [path for path in found if numbered.fullmatch(path.name)]
+
+    def _read(self, batch: int) -> dict[str, Tensor] | None:
+        path = self._file(batch)
+        if not self.resume or not path.exists():
+            return None
+        metadata, tensors = read_tensor_file(path)
         if metadata.get("identity") != self.identity:
             raise CheckpointError(
-                f"{self.state} was left by a run with other settings",
+                f"{path} was left by a run with other settings",
                 remedy="repeat the settings of that run, or delete the file to start again",
             )
-        states: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            batch, _, key = name.partition("/")
-            states.setdefault(int(batch), {})[key] = tensor
-        return states
+        return tensors
 
     @property
     def begun(self) -> bool:
         """Whether part of the work was done before."""
-        return bool(self._states)
+        return self.resume and bool(self._files())
 
     def _save(self, batch: int, state: dict[str, Tensor]) -> None:
-        self._states[batch] = state
         finished = int(state["step"]) >= self.config.steps
         if not finished and time.monotonic() - self._saved_at < _SAVE_SECONDS:
             return
         self._saved_at = time.monotonic()
-        tensors = {f"{b}/{k}": t for b, s in self._states.items() for k, t in s.items()}
-        container.write_container(self.state, {"identity": self.identity}, tensors, overwrite=True)
+        if finished:  # nothing moves these pixels any more
+            state = {name: value for name, value in state.items() if not name.startswith(MOMENTS)}
+        container.write_container(
+            self._file(batch), {"identity": self.identity}, state, overwrite=True
+        )
 
-    def run(self, progress: Progress | None) -> SyntheticImages:
-        """Synthesize, saving the state now and then."""
+    def parts(
+        self, progress: Progress | None, *, share: tuple[int, int] = (0, 1)
+    ) -> Iterator[SyntheticImages]:
+        """Synthesize the batches of this process's share, saving the state now and then."""
         data = self.opened.data
-        return synthesize(
+        return batches(
             self.opened.model,
             vision.layout(self.opened.model),
             count=self.count,
@@ -199,14 +214,20 @@ class ResumableSynthesis:
             std=data.std,
             config=self.config,
             batch_size=self.batch_size,
-            resume=self._states,
+            share=share,
+            resume=self._read,
             checkpoint=self._save,
             progress=progress,
         )
 
+    def run(self, progress: Progress | None) -> SyntheticImages:
+        """Synthesize all batches, saving the state now and then."""
+        return merged(list(self.parts(progress)))
+
     def forget(self) -> None:
-        """Remove the state file: the work is done."""
-        self.state.unlink(missing_ok=True)
+        """Remove the files of state: the work is done, or starts again."""
+        for path in self._files():
+            path.unlink(missing_ok=True)
 
 
 def num_classes(opened: vision.OpenedModel) -> int:
@@ -302,7 +323,8 @@ def synthesize_images(settings: SynthesizeSettings, progress: Progress | None = 
     """Synthesize calibration pictures for a classifier and write them to a folder.
 
     The folder gets one PNG per picture in `images/`, a contact sheet, and `synthetic.safetensors`
-    with the exact pixels, soft labels, attention priors and patch boxes.
+    with the exact pixels, soft labels, attention priors and patch boxes. The processes of torchrun
+    share the batches, which must see one folder; the first one writes what all have made.
 
     Args:
         settings: What to make.
@@ -318,6 +340,11 @@ def synthesize_images(settings: SynthesizeSettings, progress: Progress | None = 
         return Result(
             "synthesize images", summary={"output": str(settings.out), "status": "skipped"}
         )
+    with torchrun_group():
+        return _synthesize(settings, progress)
+
+
+def _synthesize(settings: SynthesizeSettings, progress: Progress | None) -> Result:
     device = prepare(settings)
     opened = vision.open_model(
         settings.model, weights=settings.weights, offline=settings.offline, device=device
@@ -345,7 +372,17 @@ def synthesize_images(settings: SynthesizeSettings, progress: Progress | None = 
         state=settings.out / _RESUME,
         resume=settings.resume,
     )
+    if not settings.resume and rank() == 0:
+        work.forget()
+    wait_for_all()
     afresh = not work.begun
+    if processes() > 1 and config.method != "noise":
+        for _ in work.parts(progress, share=(rank(), processes())):
+            pass
+        wait_for_all()
+        work.resume = True
+    if rank() != 0:
+        return Result("synthesize images", summary={"rank": rank(), "status": "synthesized"})
     made = work.run(progress)
     seconds = time.monotonic() - started
     items, sheet = write_images(settings.out, made, opened, config)
@@ -363,7 +400,7 @@ def synthesize_images(settings: SynthesizeSettings, progress: Progress | None = 
         "seconds": round(seconds, 1),
         "output": str(settings.out),
     }
-    if afresh:
+    if afresh and processes() == 1:
         summary |= _speed(settings, config, boxes=len(made.boxes), seconds=seconds)
     if made.history and "alignment" in made.history[0]:
         summary["alignment_loss"] = [made.history[i]["alignment"] for i in (0, -1)]

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from qtool.api.moire_data import near, read_pairs, read_pictures
 from qtool.api.moire_training import adopt
+from qtool.api.parallel import torchrun_group
 from qtool.api.runtime import bfloat16_is_faster, choose_device, prepare
 from qtool.api.train_run import TrainRun
 from qtool.errors import Progress, UsageError
 from qtool.io import container, folders
 from qtool.io.atomic import sweep
+from qtool.methods.processes import rank
 from qtool.methods.undem.batches import BatchSource, InTurn, MixedBatches, Shares
 from qtool.methods.undem.denoise import PaintedBatches
 from qtool.methods.undem.mixer import flat_patterns
@@ -81,6 +83,9 @@ def plan_demoire(settings: TrainDemoireSettings) -> Result:
 def train_demoire(settings: TrainDemoireSettings, progress: Progress | None = None) -> Result:
     """Train a demoire network and write the weights that did best on held-out samples.
 
+    The processes of torchrun train together, each on `batch_size` samples a step; the first one
+    measures and writes.
+
     Args:
         settings: What to train on, and for how long.
         progress: Told about every step.
@@ -93,6 +98,11 @@ def train_demoire(settings: TrainDemoireSettings, progress: Progress | None = No
     """
     if not _check_output(settings):
         return Result(COMMAND, summary={"output": str(settings.out), "status": "skipped"})
+    with torchrun_group():
+        return _train(settings, progress if rank() == 0 else None)
+
+
+def _train(settings: TrainDemoireSettings, progress: Progress | None) -> Result:
     started = time.monotonic()
     sweep(settings.out.parent)
     device = prepare(settings)
@@ -107,6 +117,8 @@ def train_demoire(settings: TrainDemoireSettings, progress: Progress | None = No
         started=started,
     )
     run.train(progress)
+    if rank() != 0:
+        return Result(COMMAND, summary={"rank": rank(), "status": "trained"})
     recipe = run.config.to_dict() | {"crop": settings.crop, "optimizer": "AdamW"}
     if settings.budget is not None:
         recipe |= {"steps": run.trainer.step_index, "minutes": settings.budget}

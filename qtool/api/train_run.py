@@ -13,6 +13,7 @@ from qtool.api.runtime import bfloat16_is_faster, notice
 from qtool.api.synthesize import read_tensor_file
 from qtool.errors import CheckpointError, Progress
 from qtool.io import container
+from qtool.methods.processes import agreed, processes, rank
 from qtool.methods.undem.batches import BatchSource
 from qtool.methods.undem.training import (
     RestorationTrainer,
@@ -89,7 +90,7 @@ class TrainRun:
         notice.info(
             "plan: %d steps of %d samples of %d pixels",
             self.config.steps,
-            settings.batch_size,
+            settings.batch_size * processes(),
             settings.crop,
         )
         self.trainer = RestorationTrainer(network, train, self.config)
@@ -107,6 +108,8 @@ class TrainRun:
         )
 
     def _score(self, network: nn.Module) -> float:
+        if rank() != 0:  # the first process measures and writes
+            return 0.0
         psnr = held_out_psnr(
             network.to(self.device), self.held_out, count=_HELD_OUT_SAMPLES, seed=self.settings.seed
         )
@@ -131,6 +134,7 @@ class TrainRun:
         measuring = _HELD_OUT_SAMPLES / self.settings.batch_size / 3 / self.settings.save_every
         left = max(0.0, 60 * minutes - (time.monotonic() - self.started))
         steps = max(1, int(left / (seconds * (1 + measuring))))
+        steps = int(agreed(steps, self.device))
         notice.info("plan: %.2f s a step, %d steps in %g minutes", seconds, steps, minutes)
         return steps
 
@@ -154,6 +158,8 @@ class TrainRun:
         self.trainer.load_state({k: v for k, v in tensors.items() if not k.startswith(_BEST)})
 
     def _save(self) -> None:
+        if rank() != 0:
+            return
         facts = {
             "steps": self.config.steps,
             "scores": self.scores,
@@ -171,12 +177,13 @@ class TrainRun:
         loss, measuring = 0.0, 0.0
         ended = self.seconds >= limit if limit else self.trainer.step_index >= steps
         while not ended:
-            found = self.trainer.step(self.seconds / limit if limit else None)
+            found = self.trainer.step(agreed(self.seconds, self.device) / limit if limit else None)
             step = self.trainer.step_index
             if found is not None and step % _READ_EVERY == 1:
                 loss = float(found)
             self.seconds = before + time.monotonic() - started
-            ended = self.seconds + measuring >= limit if limit else step >= steps
+            spent = self.seconds + measuring
+            ended = agreed(spent, self.device) >= limit if limit else step >= steps
             measured = ended or step % self.settings.save_every == 0
             if measured:
                 self._measure(step)

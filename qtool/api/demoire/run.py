@@ -24,6 +24,7 @@ from qtool.api.demoire import network as networks
 from qtool.api.demoire import photo as work
 from qtool.api.demoire import preview
 from qtool.api.demoire.jobs import Job, Plan, make_plan, relative, settings_hash
+from qtool.api.parallel import share
 from qtool.api.runtime import check_report, choose_device, notice, prepare
 from qtool.errors import ImageError, MissingError, Progress, QtoolError, UsageError
 from qtool.io import photo_metadata, photo_write, photos, segments
@@ -142,8 +143,8 @@ def demoire(
 
 def _plan(settings: DemoireSettings, listed: Sequence[str]) -> Plan:
     check_report(settings.preview, replace=settings.overwrite or settings.skip_existing)
-    share = _share()
-    if settings.preview is not None and share[1] > 1:
+    part = share()
+    if settings.preview is not None and part[1] > 1:
         raise UsageError(
             "several processes cannot write one preview", remedy="leave out --preview here"
         )
@@ -151,23 +152,8 @@ def _plan(settings: DemoireSettings, listed: Sequence[str]) -> Plan:
         settings,
         listed=listed,
         weights_sha256=lambda: networks.weights_sha256(settings),
-        share=share,
+        share=part,
     )
-
-
-def _share() -> tuple[int, int]:
-    """Number of this process and of all, as `torchrun` says.
-
-    Raises:
-        UsageError: What it says makes no sense.
-    """
-    texts = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    if not all(text.isdecimal() for text in texts) or int(texts[0]) >= int(texts[1]):
-        raise UsageError(
-            f"RANK={texts[0]} and WORLD_SIZE={texts[1]} do not fit together",
-            remedy="start several processes with torchrun, or unset both",
-        )
-    return int(texts[0]), int(texts[1])
 
 
 def _placed(settings: DemoireSettings) -> DemoireSettings:

@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from qtool.methods.multiquant.branches import BranchedClassifier
 from qtool.methods.multiquant.distillation import loss_weight, teacher_of, width_loss
+from qtool.methods.processes import average, average_gradients
 from qtool.methods.recording import Recorded
 from qtool.methods.training_state import load_optimizer_state, optimizer_state, under
 from qtool.quant.branch_sharing import SharedLevels
@@ -113,7 +113,7 @@ class BranchTrainer:
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         images = images.to(self.device, memory_format=layout)
         losses: dict[int, Tensor] = self._gradients(images, labels.to(self.device))
-        self._share_gradients()
+        average_gradients(self.network.parameters())
         for optimizer in self.optimizers.values():
             optimizer.step()
         self.step_index += 1
@@ -137,26 +137,9 @@ class BranchTrainer:
                     teacher = teacher_of(logits)
         return losses
 
-    def _share_gradients(self) -> None:
-        """Take the mean of the gradients of all processes."""
-        if processes() == 1:
-            return
-        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat)
-        flat /= processes()
-        parts = flat.split([gradient.numel() for gradient in gradients])
-        for gradient, part in zip(gradients, parts, strict=True):
-            gradient.copy_(part.view_as(gradient))
-
     def share_statistics(self) -> None:
         """Take the mean of the BatchNorm statistics of all processes."""
-        if processes() == 1:
-            return
-        for buffer in self.network.buffers():
-            if buffer.is_floating_point():
-                dist.all_reduce(buffer)
-                buffer /= processes()
+        average([buffer for buffer in self.network.buffers() if buffer.is_floating_point()])
 
     def state(self) -> dict[str, Tensor]:
         """All that a later run needs to go on as if never stopped."""
@@ -172,16 +155,6 @@ class BranchTrainer:
         for name, optimizer in self.optimizers.items():
             load_optimizer_state(optimizer, f"{name}/", state)
         self.step_index = int(state[_STEP])
-
-
-def processes() -> int:
-    """Number of processes that train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def rank() -> int:
-    """Which of the processes this one is, from 0."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 @torch.no_grad()

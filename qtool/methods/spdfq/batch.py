@@ -39,6 +39,9 @@ JITTER = 15 / 224
 BRIGHTNESS, CONTRAST = 0.45, 0.25
 """Mean and standard deviation of the pixels SPDFQ starts from, of 0..1; about a photograph's."""
 
+MOMENTS = "adam."
+"""How the optimiser's part of a state begins; a finished batch needs none of it."""
+
 _CHECKPOINT_EVERY = 50
 _CHUNK_PIXELS = 8 * 224 * 224
 """Pixels per forward pass on a CPU, where the activations of more would not fit its cache."""
@@ -210,7 +213,7 @@ class BatchSynthesizer:
             ),
             **{f"prior.{index}": prior.cpu() for index, prior in enumerate(self.priors)},
             **{
-                f"adam.{name}": value.detach().cpu().clone()
+                f"{MOMENTS}{name}": value.detach().cpu().clone()
                 for name, value in moments.items()
                 if isinstance(value, Tensor)
             },
@@ -248,7 +251,7 @@ class BatchSynthesizer:
         ]
         priors = [name for name in state if name.startswith("prior.")]
         self.priors = [state[f"prior.{index}"].to(self.device) for index in range(len(priors))]
-        moments = {k.removeprefix("adam."): v for k, v in state.items() if k.startswith("adam.")}
+        moments = {k.removeprefix(MOMENTS): v for k, v in state.items() if k.startswith(MOMENTS)}
         if moments:
             self.optimizer.state[self.pixels] = {
                 name: value if name == "step" else value.to(self.device)

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qtool.methods.processes import average_gradients, processes, rank
 from qtool.methods.training_state import load_optimizer_state, optimizer_state, under
 from qtool.methods.undem.batches import BatchSource
 from qtool.methods.undem.losses import EDGE_WEIGHT, mean_of_kept, restoration_loss
 
 _NETWORK, _AVERAGE, _OPTIMIZER, _GENERATOR = "network/", "average/", "optimizer/", "generator"
 _STEP = "step"
+_SEED_STRIDE = 1_000_003
 _GOOD_ENOUGH = 1e-4
 """Squared error, 40 dB, below which a sample is as good as it needs to be: without such a cap,
 clean samples that come back exactly would outweigh all others."""
@@ -76,7 +78,7 @@ def rate_at(step: int, *, steps: int, warmup: int, done: float | None = None) ->
 
 
 class RestorationTrainer:
-    """A demoire network in training.
+    """A demoire network in training, by one process or by several that average their gradients.
 
     Args:
         network: Takes (B, 3, S, S), returns pictures of several scales; trained in place.
@@ -114,9 +116,14 @@ class RestorationTrainer:
         config = self.config
         rate = rate_at(self.step_index, steps=config.steps, warmup=config.warmup, done=done)
         self.optimizer.param_groups[0]["lr"] = config.learning_rate * rate
+        if processes() > 1:
+            # Each process draws its own samples, and the first one's state serves all of them.
+            place = self.step_index * processes() + rank()
+            self.generator.manual_seed((config.seed * _SEED_STRIDE + place) % 2**63)
         batch = self.source.draw(config.batch_size, self.generator)
         self.step_index += 1
-        if not bool(batch.kept.any()):
+        empty = not bool(batch.kept.any())
+        if empty and processes() == 1:
             return None
         self.network.train()
         moire, clean, kept = (
@@ -128,13 +135,16 @@ class RestorationTrainer:
         losses = restoration_loss(
             [output.float() for output in outputs], clean, edge_weight=config.edge_weight
         )
-        loss = mean_of_kept((losses + config.harmless).log(), kept)
+        logarithms = (losses + config.harmless).log()
+        # The others wait for gradients, of whatever size.
+        loss = 0.0 * logarithms.sum() if empty else mean_of_kept(logarithms, kept)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        average_gradients(self.network.parameters())
         nn.utils.clip_grad_norm_(self.network.parameters(), config.clip)
         self.optimizer.step()
         self._update_average()
-        return mean_of_kept(losses.detach(), kept)
+        return None if empty else mean_of_kept(losses.detach(), kept)
 
     def _update_average(self) -> None:
         # Early on the average must not remember the untrained weights.

@@ -11,6 +11,7 @@ from qtool.methods.multiquant.branch_training import (
     rate_at,
 )
 from qtool.methods.multiquant.branches import branched, freeze, observe
+from qtool.methods.processes import processes, rank
 from qtool.models.residual import residual_layout
 
 SIZE = (3, 8, 8)
@@ -117,7 +118,7 @@ def test_one_process_shares_nothing(trainer):
     made.share_statistics()
     pairs = zip(before, made.network.buffers(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
-    assert (branch_training.rank(), branch_training.processes()) == (0, 1)
+    assert (rank(), processes()) == (0, 1)
 
 
 def test_nothing_measured_is_nothing_right(trainer):

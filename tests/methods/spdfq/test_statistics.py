@@ -7,7 +7,8 @@ from torch import nn
 from qtool.methods.spdfq import batch as batches
 from qtool.methods.spdfq import statistics
 from qtool.methods.spdfq.batch import SynthesisConfig
-from qtool.methods.spdfq.synthesis import synthesize
+from qtool.methods.spdfq.synthesis import batches as synthesized
+from qtool.methods.spdfq.synthesis import merged
 from qtool.models import vision
 
 COUNT = 3
@@ -19,7 +20,7 @@ class KilledError(Exception):
 
 def run(model, **options):
     config = {"steps": 4, **options.pop("config", {})}
-    return synthesize(
+    made = synthesized(
         model,
         vision.layout(model),
         count=COUNT,
@@ -30,6 +31,7 @@ def run(model, **options):
         config=SynthesisConfig(**config),
         **options,
     )
+    return merged(list(made))
 
 
 def test_the_distance_counts_in_remembered_standard_deviations():
@@ -114,6 +116,6 @@ def test_an_interrupted_run_ends_with_the_same_images(build_convolutional, monke
 
     with pytest.raises(KilledError):
         run(model, checkpoint=keep)
-    resumed = run(model, resume=saved)
+    resumed = run(model, resume=saved.get)
     assert torch.equal(resumed.images, whole.images)
     assert resumed.history == whole.history

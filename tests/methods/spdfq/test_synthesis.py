@@ -8,7 +8,8 @@ from qtool.methods.spdfq import batch as batches
 from qtool.methods.spdfq import losses
 from qtool.methods.spdfq.batch import BatchSynthesizer, SynthesisConfig, learning_rate_at
 from qtool.methods.spdfq.priors import magnified
-from qtool.methods.spdfq.synthesis import synthesize
+from qtool.methods.spdfq.synthesis import batches as synthesized
+from qtool.methods.spdfq.synthesis import merged
 from qtool.models import vision
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -35,7 +36,7 @@ def sharpened(model):
 def run(
     model, *, count=COUNT, batch_size=32, resume=None, checkpoint=None, progress=None, **config
 ):
-    return synthesize(
+    made = synthesized(
         model,
         vision.layout(model),
         count=count,
@@ -45,10 +46,11 @@ def run(
         std=STD,
         config=SynthesisConfig(**{"steps": 4, **config}),
         batch_size=batch_size,
-        resume=resume,
+        resume=None if resume is None else resume.get,
         checkpoint=checkpoint,
         progress=progress,
     )
+    return merged(list(made))
 
 
 def batch(model, *, count=COUNT, **config):
