@@ -43,6 +43,12 @@ def torchrun_group() -> Iterator[None]:
     if share()[1] < 2 or dist.is_initialized():
         yield
         return
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UsageError(
+            f"RANK and WORLD_SIZE are set, but not {' and '.join(missing)}",
+            remedy="start several processes with torchrun, or unset both",
+        )
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

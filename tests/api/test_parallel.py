@@ -12,6 +12,7 @@ import torch
 
 from qtool.api.parallel import torchrun_group
 from qtool.api.synthesize import synthesize_images
+from qtool.errors import UsageError
 from qtool.io import images
 from qtool.methods.multiquant import branch_training as training
 from qtool.methods.multiquant.branches import branched, observe
@@ -44,6 +45,14 @@ def trained():
 def test_without_torchrun_there_is_one_process():
     with torchrun_group():
         assert processes() == 1
+
+
+def test_half_an_environment_is_refused(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UsageError, match="MASTER_ADDR"), torchrun_group():
+        pass
 
 
 def environment(number):
