@@ -9,7 +9,7 @@ import torch
 from qtool.api import evaluate as api
 from qtool.api.load import load
 from qtool.demo import pictures
-from qtool.errors import CheckpointError, ImageError, MissingError, UsageError
+from qtool.errors import CheckpointError, ImageError, MissingError, OutputExistsError, UsageError
 from qtool.io import images
 from qtool.models import vision
 from qtool.settings.evaluate import EvaluateSettings
@@ -227,7 +227,9 @@ def test_absent_files_are_missing():
 def test_reports_are_written(demo, suffix):
     report = Path(f"report{suffix}")
     report.write_text("old")
-    result = evaluate(demo, report=report)
+    with pytest.raises(OutputExistsError, match=report.name):
+        evaluate(demo, report=report)
+    result = evaluate(demo, report=report, overwrite=True)
     text = report.read_text()
     assert "demo_vit" in text
     if suffix == ".json":
