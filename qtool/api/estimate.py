@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -76,6 +77,18 @@ class Estimate:
     def training(self, *, pictures: int, passes: float) -> float:
         """Train on so many pictures, each of which goes through the network `passes` times."""
         return _TRAINING * 3 * pictures * passes * (self.forward or 0.0)
+
+
+def warm_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Time some work once everything that it uses has been started and loaded."""
+    seconds = []
+    for _ in range(2):
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
 
 
 def _operations_per_second(device: torch.device) -> float:

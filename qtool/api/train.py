@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qtool.api.estimate import warm_seconds
 from qtool.api.moire_data import near, read_pairs, read_pictures
 from qtool.api.moire_training import adopt
 from qtool.api.parallel import torchrun_group
@@ -162,16 +163,13 @@ def _seconds_per_step(network: nn.Module, settings: TrainDemoireSettings) -> flo
     """Time the network forwards and backwards, and what a step does besides on top."""
     device = next(network.parameters()).device
     x = torch.rand(settings.batch_size, 3, settings.crop, settings.crop, device=device)
-    seconds = []
-    for _ in range(2):  # the first one starts threads and libraries
-        started = time.perf_counter()
+
+    def compute() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16_is_faster(device)):
             outputs = network(x)
         torch.stack([output.float().mean() for output in outputs]).sum().backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    return _BESIDE * min(seconds)
+
+    return _BESIDE * warm_seconds(compute, device)
 
 
 def _network(settings: TrainDemoireSettings) -> tuple[str, dict[str, Any], nn.Module]:

@@ -133,8 +133,7 @@ class TrainRun:
         # A measurement costs about as much as its samples in training, forward only.
         measuring = _HELD_OUT_SAMPLES / self.settings.batch_size / 3 / self.settings.save_every
         left = max(0.0, 60 * minutes - (time.monotonic() - self.started))
-        steps = max(1, int(left / (seconds * (1 + measuring))))
-        steps = int(agreed(steps, self.device))
+        steps = int(agreed(max(1, int(left / (seconds * (1 + measuring)))), self.device))
         notice.info("plan: %.2f s a step, %d steps in %g minutes", seconds, steps, minutes)
         return steps
 
@@ -177,17 +176,19 @@ class TrainRun:
         loss, measuring = 0.0, 0.0
         ended = self.seconds >= limit if limit else self.trainer.step_index >= steps
         while not ended:
-            found = self.trainer.step(agreed(self.seconds, self.device) / limit if limit else None)
+            found = self.trainer.step(self.seconds / limit if limit else None)
             step = self.trainer.step_index
             if found is not None and step % _READ_EVERY == 1:
                 loss = float(found)
             self.seconds = before + time.monotonic() - started
-            spent = self.seconds + measuring
-            ended = agreed(spent, self.device) >= limit if limit else step >= steps
+            if limit:
+                self.seconds = agreed(self.seconds, self.device)
+            ended = self.seconds + measuring >= limit if limit else step >= steps
             measured = ended or step % self.settings.save_every == 0
             if measured:
                 self._measure(step)
                 measuring = before + time.monotonic() - started - self.seconds
+                measuring = agreed(measuring, self.device)
                 self.seconds += measuring
             if progress is not None:
                 done, total = (round(self.seconds), round(limit)) if limit else (step, steps)

@@ -92,7 +92,9 @@ def together(*words):
 
 def test_two_processes_end_with_the_same_network(tmp_path):
     code = "import os, sys, torch; from tests.api.test_parallel import trained\n"
-    code += "torch.save(trained(), sys.argv[1] + os.environ['RANK'])"
+    code += "from qtool.methods.processes import processes\n"
+    code += "torch.save(trained(), sys.argv[1] + os.environ['RANK'])\n"
+    code += "assert processes() == 1"
     together("-c", code, str(tmp_path / "state"))
     one, other = (torch.load(tmp_path / f"state{number}") for number in range(2))
     assert int(one["processes"]) == 2
@@ -139,7 +141,7 @@ def test_two_processes_go_on_where_one_was_killed():
 
 
 @pytest.mark.usefixtures("place")
-def test_two_processes_train_one_demoire_network(monkeypatch):
+def test_two_processes_train_one_demoire_network():
     random = torch.Generator().manual_seed(0)
     for index in range(4):
         clean = torch.rand(3, 96, 96, generator=random)

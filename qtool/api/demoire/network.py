@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import os
 import re
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from qtool.api.estimate import warm_seconds
 from qtool.api.load import restore
 from qtool.api.runtime import bfloat16_is_faster, notice
 from qtool.errors import CheckpointError, MissingError, UsageError
@@ -151,14 +151,13 @@ def seconds_per_megapixel(network: DemoireNetwork, device: torch.device) -> floa
     restorer = make_restorer(network, device)
     picture = torch.full((3, _TIMED_SIDE, _TIMED_SIDE), 0.5)
     picture[:, ::2] = 0.25
-    seconds = []
-    for _ in range(2):  # the first one starts threads and libraries
-        started = time.perf_counter()
+
+    def restore_once() -> None:
         restorer.change(
             lambda rows, columns: picture[:, rows][..., columns], *picture.shape[1:], tile=0
         )
-        seconds.append(time.perf_counter() - started)
-    return _OVERLAP * min(seconds) * 1e6 / _TIMED_SIDE**2
+
+    return _OVERLAP * warm_seconds(restore_once, device) * 1e6 / _TIMED_SIDE**2
 
 
 def memory_for_network(settings: DemoireSettings, device: torch.device, pixels: int) -> int:
