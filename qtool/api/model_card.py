@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qtool.api.float_source import public_name
 from qtool.io.header import Header
 from qtool.models import registry
 from qtool.models.data_config import DataConfig
@@ -67,13 +68,6 @@ def text(header: Header, *, size: int, summary: Mapping[str, Any]) -> str:
         _usage(header),
     ]
     return "\n\n".join(sections) + "\n"
-
-
-def public_name(source: str) -> str:
-    """A model's name without the folders of the machine it came from."""
-    if source.startswith((_HUB, "bundled ")):
-        return source
-    return re.split(r"[/\\]", source.removeprefix("local-dir:").rstrip("/\\"))[-1]
 
 
 def _restores(header: Header) -> bool:

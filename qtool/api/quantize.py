@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qtool.api import (
     calibration,
     export,
+    float_source,
     hub_folder,
     layer_report,
     precision,
@@ -186,9 +187,7 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
         return _train(settings, progress)
     started = time.monotonic()
     device = prepare(settings)
-    opened = vision.open_model(
-        settings.model, weights=settings.weights, offline=settings.offline, device=device
-    )
+    opened = _open(settings, device)
     if settings.switchable is not None:
         return quantize_any.quantize(
             settings,
@@ -294,13 +293,19 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
     return result
 
 
+def _open(settings: QuantizeSettings, device: torch.device) -> vision.OpenedModel:
+    opened = vision.open_model(
+        settings.model, weights=settings.weights, offline=settings.offline, device=device
+    )
+    float_source.remember(opened, settings.weights)
+    return opened
+
+
 def _train(settings: QuantizeSettings, progress: Progress | None) -> Result:
     """Train branches, in one process or in those of torchrun."""
     with torchrun_group():
         device = prepare(settings)
-        opened = vision.open_model(
-            settings.model, weights=settings.weights, offline=settings.offline, device=device
-        )
+        opened = _open(settings, device)
         return quantize_branches.quantize(settings, opened, progress=progress)
 
 

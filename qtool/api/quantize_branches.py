@@ -15,6 +15,7 @@ from qtool.api import branch_data, branch_model, branch_widths, hub_folder, laye
 from qtool.api.branch_run import BranchRun, float_accuracy
 from qtool.api.estimate import Estimate
 from qtool.api.load import restore
+from qtool.api.quantized_header import float_provenance
 from qtool.api.runtime import notice, planned_device, write_report
 from qtool.errors import ImageError, Progress, QtoolError
 from qtool.io import checkpoint
@@ -243,9 +244,7 @@ def _header(
             "pictures": len(run.train_pictures),
             "seed": settings.seed,
             "held_out_top1": run.epochs[-1]["top1"],
-            "source": opened.name,
-            "weights_source": opened.weights_source,
-            "weights_sha256": opened.weights_sha256,
+            **float_provenance(opened),
         },
         branches=table,
     )

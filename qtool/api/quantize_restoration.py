@@ -20,6 +20,7 @@ from qtool import __version__
 from qtool.api import hub_folder, layer_report
 from qtool.api.demoire import calibration
 from qtool.api.demoire.network import missing_weights
+from qtool.api.float_source import public_name
 from qtool.api.load import restore
 from qtool.api.quantized_header import compressed_tensors, layer_bits
 from qtool.api.runtime import bfloat16_is_faster, planned_device, prepare, write_report
@@ -324,8 +325,8 @@ def _header(
             "effort": settings.effort,
             "seed": settings.seed,
             "count": len(made.pixels),
-            "source": settings.model,
-            "weights_source": f"bundled {source.name}" if bundled else str(source),
+            "source": public_name(settings.model),
+            "weights_source": f"bundled {source.name}" if bundled else source.name,
             "weights_sha256": network.sha256,
             "weights_provenance": dict(network.provenance),
         },

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qtool import __version__
+from qtool.api.float_source import public_name
 from qtool.io import checkpoint
 from qtool.models import vision
 from qtool.quant.plan import LayerPlan
@@ -45,8 +46,15 @@ def calibrated_provenance(
         "effort": settings.effort,
         "seed": settings.seed,
         "count": count,
-        "source": opened.name,
-        "weights_source": opened.weights_source,
+        **float_provenance(opened),
+    }
+
+
+def float_provenance(opened: vision.OpenedModel) -> dict[str, str]:
+    """What a file says of its float model: names without folders, and the digest of its weights."""
+    return {
+        "source": public_name(opened.name),
+        "weights_source": public_name(opened.weights_source),
         "weights_sha256": opened.weights_sha256,
     }
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from qtool.api import float_source
 from qtool.api.file_widths import chosen
 from qtool.api.load import load
 from qtool.api.runtime import notice
@@ -36,6 +37,7 @@ class Target:
         header: The checkpoint's header, for quantized targets.
         bytes: Size of the file, or of float32 weights.
         file: The checkpoint, for quantized targets.
+        digest: SHA-256 of the weights, for float models.
     """
 
     label: str
@@ -45,6 +47,7 @@ class Target:
     header: checkpoint.Header | None
     bytes: int
     file: Path | None = None
+    digest: str = ""
 
     @property
     def classes(self) -> int:
@@ -156,6 +159,7 @@ def open_target(
         labels_kind=opened.labels_kind,
         header=None,
         bytes=sum(p.numel() * 4 for p in opened.model.parameters()),
+        digest=opened.weights_sha256,
     )
 
 
@@ -229,6 +233,8 @@ def open_baseline(
         baseline = open_target(name, weights=weights, offline=settings.offline, device=device)
         if settings.baseline is None and baseline.header is not None:
             raise UsageError(f"{name} is no float model any more")
+        if _is_optional(settings) and baseline.digest != _digest(target.header):
+            raise UsageError(f"the weights of {name} are not those that {settings.target} had")
     except QtoolError as error:
         if not _is_optional(settings):
             raise
@@ -254,7 +260,7 @@ def open_baseline(
 
 def _is_optional(settings: EvaluateSettings) -> bool:
     """Tell whether nobody named a baseline, so that one is only taken if it is there."""
-    return settings.baseline is None and settings.weights == "pretrained"
+    return settings.baseline is None and settings.weights == float_source.PRETRAINED
 
 
 def _baseline(
@@ -268,9 +274,14 @@ def _baseline(
     if header is None:
         return None
     name = str(header.provenance.get("source", header.architecture))
-    if settings.weights != "pretrained":
+    if settings.weights != float_source.PRETRAINED:
         # The file or folder that was the model may have moved; its architecture is the same.
-        is_path = name.endswith(".safetensors") or name.startswith("local-dir:")
+        is_path = float_source.is_path(name)
         return header.architecture if is_path else name, settings.weights
-    recorded = Path(str(header.provenance.get("weights_source", "")))
-    return name, str(recorded) if recorded.is_file() else "pretrained"
+    found = float_source.recall(_digest(header)) or float_source.FloatSource(name)
+    return found.model, found.weights
+
+
+def _digest(header: checkpoint.Header | None) -> str:
+    """SHA-256 of the float weights that a checkpoint was made from."""
+    return "" if header is None else str(header.provenance.get("weights_sha256", ""))

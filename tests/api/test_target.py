@@ -4,10 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from qtool.api import evaluate as evaluate_api
 from qtool.errors import MissingError, UsageError
 from qtool.models import vision
+from qtool.models.sources import read_metadata
 from qtool.settings.evaluate import EvaluateSettings
 
 OUT = Path("q.safetensors")
@@ -38,6 +40,24 @@ def test_weights_that_moved_can_be_named(checkpoint_file, demo, tmp_path):
     moved = Path(demo).rename(tmp_path / "moved.safetensors")
     for option in ("weights", "baseline"):
         assert evaluate(checkpoint_file, **{option: str(moved)}).summary == expected
+
+
+def test_the_float_weights_are_found_from_another_folder(
+    checkpoint_file, demo, tmp_path, monkeypatch
+):
+    expected = evaluate(checkpoint_file).summary
+    assert "drop" in expected
+    moved = checkpoint_file.resolve()
+    monkeypatch.chdir(tmp_path)
+    assert evaluate(moved).summary == expected
+
+
+def test_other_weights_of_that_name_are_no_baseline(checkpoint_file, demo, caplog):
+    tensors = {name: tensor + 1e-3 for name, tensor in load_file(demo).items()}
+    metadata = read_metadata(Path(demo))
+    save_file(tensors, demo, metadata)
+    assert "drop" not in evaluate(checkpoint_file).summary
+    assert "are not those" in caplog.text
 
 
 def test_weights_that_are_named_must_be_there(checkpoint_file):
