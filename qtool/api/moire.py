@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import time
 from collections.abc import Iterator, Sequence
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor
 
 from qtool.api.moire_data import CLEAN, MOIRE, near, read_pictures
-from qtool.api.moire_training import adopt, learn
-from qtool.api.runtime import choose_device, planned_device, prepare
+from qtool.api.moire_training import adopt, learn, learning_seconds
+from qtool.api.runtime import choose_device, prepare
 from qtool.api.synthesize import sheet_png
 from qtool.errors import Progress, QtoolError
 from qtool.io import folders, images
@@ -35,12 +36,13 @@ COMMAND = "synthesize moire"
 
 _SHOWN = 8
 _TRIES = 20
+_TIMED = 4
 _CHUNK = 4
 """Pairs that a process makes at a time."""
 
 
 def plan_moire(settings: MoireSettings) -> Result:
-    """What `synthesize_moire` would do; reads no picture."""
+    """What `synthesize_moire` would do, and how long it would take; reads no picture."""
     if not _check_folder(settings):
         skipped = {"output": str(settings.out), "skipped": True}
         return Result(COMMAND, status="planned", summary=skipped)
@@ -49,6 +51,7 @@ def plan_moire(settings: MoireSettings) -> Result:
         for name, folder in (("moire", settings.moire), ("clean", settings.clean))
         if folder is not None
     }
+    device = choose_device(settings.device)
     summary = {
         "method": _method(settings),
         "count": settings.count,
@@ -56,7 +59,8 @@ def plan_moire(settings: MoireSettings) -> Result:
         "pictures": counts,
         "training_steps": _training_steps(settings),
         "budget_minutes": settings.budget,
-        "device": planned_device(settings),
+        "device": str(device),
+        "estimated_seconds": math.ceil(_estimated_seconds(settings, device)),
         "output": str(settings.out),
         "skipped": False,
     }
@@ -108,6 +112,24 @@ def synthesize_moire(settings: MoireSettings, progress: Progress | None = None) 
     }
     pictures = (Picture("Moire above, clean below", sheet),)
     return Result(COMMAND, items=items, summary=summary, pictures=pictures)
+
+
+def _estimated_seconds(settings: MoireSettings, device: torch.device) -> float:
+    if not settings.simulate:
+        return learning_seconds(settings, device)
+    started = time.perf_counter()
+    for index in range(_TIMED):
+        simulated_pair(
+            (),
+            size=settings.patch_size,
+            seed=settings.seed,
+            index=index,
+            page_share=1.0,
+            tone=settings.tone,
+            device=device,
+        )
+    each = (time.perf_counter() - started) / _TIMED
+    return settings.count * each / max(1, settings.workers)
 
 
 def _method(settings: MoireSettings) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qtool.api.estimate import warm_seconds
 from qtool.api.moire_data import Pictures, read_generator, write_generator
 from qtool.api.runtime import notice
 from qtool.api.synthesize import read_tensor_file, sheet_png
@@ -28,6 +29,8 @@ PROBES = 20
 
 _SAVE_SECONDS = 60.0
 _THRESHOLD_SAMPLES = 256
+_PAINTING = 0.3
+"""Time of painting one picture in that of a training step."""
 _BEST = "best/"
 _SECONDS = "seconds"
 _PATCH_CROPS = 2
@@ -77,6 +80,27 @@ def adopt(path: Path, moire: Pictures, *, crop: int, device: torch.device) -> Le
         patches=tuple(groups[index] for index in used),
         facts={"generator": str(path), "groups": len(used), "patches": len(patches)},
     )
+
+
+def learning_seconds(settings: MoireSettings, device: torch.device) -> float:
+    """Estimate the training of all groups and the painting of all pairs; reads no picture."""
+    config = SynthesisConfig(
+        steps=1,
+        crop=settings.patch_size,
+        batch_size=settings.batch_size,
+        width=settings.width,
+        seed=settings.seed,
+    )
+    patch = [torch.rand(3, settings.patch_size, settings.patch_size)]
+    game = MoireSynthesizer(patch, patch, config, device=device)
+    step = warm_seconds(game.step, device)
+    painted = step * _PAINTING * settings.count
+    if settings.generator is not None:
+        return painted
+    judged = settings.groups * (PROBES + _PAINTING * _THRESHOLD_SAMPLES) * step
+    if settings.budget is not None:
+        return 60 * settings.budget + judged + painted
+    return settings.groups * settings.steps * step + judged + painted
 
 
 def cut_patches(pictures: Iterable[Tensor], side: int) -> list[Tensor]:

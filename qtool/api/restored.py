@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 import re
@@ -14,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qtool.api.runtime import check_report, planned_device, prepare, write_report
+from qtool.api.estimate import warm_seconds
+from qtool.api.runtime import check_report, choose_device, planned_device, prepare, write_report
 from qtool.errors import ImageError, Progress, QualityGateError, UsageError
 from qtool.io import folders, images
 from qtool.metrics import fidelity, perceptual
@@ -50,7 +52,7 @@ class _Trio:
 
 
 def plan(settings: EvaluateSettings, reference: Path) -> Result:
-    """What `evaluate` would do; reads no picture.
+    """What `evaluate` would do, and how long it would take; measures the first picture for that.
 
     Raises:
         UsageError: The folders do not fit together.
@@ -66,6 +68,10 @@ def plan(settings: EvaluateSettings, reference: Path) -> Result:
         "count": len(trios),
         "without_reference": len(unmatched),
     }
+    device = choose_device(settings.device)
+    with contextlib.suppress(ImageError, ValueError):
+        seconds = warm_seconds(lambda: _measured(trios[0], settings, device, None), device)
+        summary["estimated_seconds"] = math.ceil(len(trios) * seconds)
     return Result("eval", status="planned", summary=summary)
 
 

@@ -15,7 +15,7 @@ from qtool.cli.options import (
     complete_widths,
     option,
 )
-from qtool.cli.session import session
+from qtool.cli.session import require_one_process, session
 from qtool.settings.evaluate import EvaluateSettings, FidelityMetric, FidelityProtocol
 
 _RESTORED = "Restored pictures"
@@ -90,6 +90,7 @@ def evaluate(
 ) -> int:
     """Measure a model."""
     with session(ctx, EvaluateSettings) as run:
+        require_one_process(ctx)
         from qtool.api import evaluate as api
 
         if run.settings.dry_run:

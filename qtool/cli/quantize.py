@@ -8,7 +8,7 @@ from typing import Annotated, get_args
 import typer
 
 from qtool.cli.options import OUTPUT, add_command, argument, complete_bits, complete_models, option
-from qtool.cli.session import session
+from qtool.cli.session import require_one_process, session
 from qtool.settings.base import Effort
 from qtool.settings.demoire import Network
 from qtool.settings.quantize import Ablation, Budget, Engine, QuantizeSettings, Recipe
@@ -106,6 +106,8 @@ def quantize(
 ) -> int:
     """Quantize a model."""
     with session(ctx, QuantizeSettings) as run:
+        if run.settings.engine != "branches":
+            require_one_process(ctx)
         from qtool.api import quantize as api
 
         if run.settings.dry_run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import typer
 from qtool.cli import config
 from qtool.cli.console import Look, Terminal, as_qtool_error, logs, show_result, write_text
 from qtool.cli.progress import ProgressReporter, progress_mode
+from qtool.errors import UsageError
 from qtool.report import Result
 from qtool.settings.base import CommonSettings
 
@@ -76,6 +78,20 @@ def session(ctx: typer.Context, model: type[S]) -> Iterator[Session[S]]:
         except Exception as error:
             logging.getLogger("qtool.cli").debug("%s", type(error).__name__, exc_info=True)
             raise as_qtool_error(error) from error
+
+
+def require_one_process(ctx: typer.Context) -> None:
+    """Refuse what every process of torchrun would do all over again.
+
+    Raises:
+        UsageError: torchrun started several processes.
+    """
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+        raise UsageError(
+            f"`{ctx.command_path}` cannot be shared by the processes of torchrun",
+            remedy="start it without torchrun; `synthesize images`, `demoire`, `train demoire` and "
+            "`quantize --engine branches` share their work",
+        )
 
 
 def _dump(

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from qtool.cli.options import OUTPUT, add_command, argument, complete_widths, option
-from qtool.cli.session import session
+from qtool.cli.session import require_one_process, session
 from qtool.settings.switch_bits import SwitchBitsSettings
 
 
@@ -45,6 +45,7 @@ def switch_bits(
 ) -> int:
     """Switch the widths of a checkpoint."""
     with session(ctx, SwitchBitsSettings) as run:
+        require_one_process(ctx)
         from qtool.api import switch_bits as api
 
         return run.show(api.switch_bits(run.settings, progress=run.progress))

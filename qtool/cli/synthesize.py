@@ -8,7 +8,7 @@ from typing import Annotated, get_args
 import typer
 
 from qtool.cli.options import OUTPUT, add_command, argument, complete_models, option
-from qtool.cli.session import session
+from qtool.cli.session import require_one_process, session
 from qtool.settings.base import Effort
 from qtool.settings.moire import MoireSettings, MoireTone
 from qtool.settings.synthesize import SynthesisMethod, SynthesisPart, SynthesizeSettings
@@ -100,6 +100,7 @@ def moire(
 ) -> int:
     """Make pairs with and without moire."""
     with session(ctx, MoireSettings) as run:
+        require_one_process(ctx)
         from qtool.api import moire as api
 
         if run.settings.dry_run:

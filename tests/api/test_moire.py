@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qtool.api import moire
+from qtool.api import moire, moire_training
 from qtool.api.moire import plan_moire, synthesize_moire
 from qtool.errors import CheckpointError, OutputExistsError, UsageError
 from qtool.io import images
@@ -125,6 +125,26 @@ def test_a_plan_counts_and_writes_nothing():
     assert plan.summary["training_steps"] == 2
     assert plan_moire(settings(simulate=True)).summary["training_steps"] == 0
     assert not Path("pairs").exists()
+
+
+def test_a_plan_tells_the_time_that_grows_with_the_work(monkeypatch):
+    monkeypatch.setattr(moire_training, "warm_seconds", lambda work, device: work() and 2.0)
+
+    def seconds(**options):
+        return plan_moire(learning(**options)).summary["estimated_seconds"]
+
+    one_group = seconds(steps=1000, groups=1)
+    assert one_group - seconds(steps=100, groups=1) == 2 * 900
+    assert seconds(budget=10, groups=1) == one_group - 2 * 1000 + 600
+    assert seconds(steps=1000, groups=4) > 3 * one_group
+    assert seconds(count=1000) > 500
+
+    def simulating(count, workers=0):
+        plan = plan_moire(settings(simulate=True, count=count, workers=workers))
+        return plan.summary["estimated_seconds"]
+
+    assert simulating(100_000) > 5 * simulating(1000)
+    assert simulating(100_000) > 1.2 * simulating(100_000, workers=8)
 
 
 def test_pictures_that_are_too_small_are_named():

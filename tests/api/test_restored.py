@@ -93,13 +93,17 @@ def test_gates(folders):
         evaluated(folders, minimum=("top1=5",))
 
 
-def test_a_plan_reads_no_picture(folders):
+def test_a_plan_counts_and_times_what_can_be_read(folders):
     settings = EvaluateSettings(
         target=str(folders / "clean"), reference=folders / "targets", dry_run=True
     )
     planned = api.plan(settings)
     assert planned.status == "planned"
     assert planned.summary["count"] == 2
+    assert planned.summary["estimated_seconds"] >= 1
+    for path in (folders / "clean").rglob("*.*"):
+        path.write_bytes(b"no picture")
+    assert "estimated_seconds" not in api.plan(settings).summary
 
 
 def test_requests_that_make_no_sense(folders):

@@ -79,6 +79,34 @@ def test_a_dry_run_is_planned_in_every_command(qtool_run, fake_api):
         assert json.loads(qtool_run(*line.split(), "--json").out)["status"] == "planned"
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "eval t",
+        "quantize m --data-free",
+        "synthesize moire --simulate -o d",
+    ],
+)
+def test_what_cannot_be_shared_is_refused_under_torchrun(qtool_run, fake_api, monkeypatch, line):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert qtool_run(*line.split()).code == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ran = qtool_run(*line.split())
+    assert ran.code == 2
+    assert "torchrun" in ran.err
+    assert len(fake_api.calls) == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["synthesize images m -o d", "quantize m --engine branches -b any --train d"],
+)
+def test_what_can_be_shared_runs_under_torchrun(qtool_run, fake_api, monkeypatch, line):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert qtool_run(*line.split()).code == 0
+    assert len(fake_api.calls) == 1
+
+
 @pytest.mark.parametrize(("status", "code"), [("ok", 0), ("partial", 3), ("failed", 1)])
 def test_a_result_decides_the_exit_code(qtool_run, fake_api, status, code):
     fake_api.answer = Result("models", status)

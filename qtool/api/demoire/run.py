@@ -79,8 +79,10 @@ def plan(settings: DemoireSettings, *, listed: Sequence[str] = ()) -> Result:
     megapixels = sum(item.get("megapixels", 0.0) for item in items)
     items += [{**_item(job), "status": "skipped"} for job in made.done]
     device = choose_device(_placed(settings).device)
-    network = networks.open_network(settings)
-    seconds = megapixels * (_FILE_SECONDS + networks.seconds_per_megapixel(network, device))
+    seconds = 0.0
+    if made.jobs:
+        network = networks.open_network(settings)
+        seconds = megapixels * (_FILE_SECONDS + networks.seconds_per_megapixel(network, device))
     summary = {
         "photographs": len(made.jobs),
         "skipped": len(made.done),
