@@ -82,7 +82,9 @@ class DemoireSettings(WriterSettings):
         description="Side of tiles in pixels, 0 for none; otherwise as memory allows.",
     )
     overlap: int | None = Field(
-        default=None, ge=0, description="Pixels that tiles share; otherwise an eighth of a tile."
+        default=None,
+        ge=0,
+        description="Pixels that tiles share; otherwise up to an eighth of a tile.",
     )
     max_memory: str | None = Field(
         default=None, description="Memory that may be taken, for example 2G or 800M."
