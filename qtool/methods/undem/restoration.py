@@ -12,7 +12,9 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +102,8 @@ class Restorer:
             height: H.
             width: W.
             tile: Side of tiles, never replaced by another; 0 for the whole picture; None takes
-                what is fastest and fits, with tiles halved when memory runs out.
+                what is fastest and fits, halved when memory runs out, and doubled once if
+                neighbours disagree and memory allows it.
             overlap: Pixels that neighbouring tiles share; None for an eighth of a tile, a sixteenth
                 where the network sees little around a pixel.
             memory: Bytes that computing may take; None for no bound.
@@ -110,13 +113,34 @@ class Restorer:
             BadOutputError: The result is not finite, or constant where the picture is not.
             MemoryError: It does not fit into memory.
         """
-        sides = [tile] if tile is not None else self._sides(height, width, memory)
+        room = memory if memory is not None else 1 << 62
+        compute = partial(
+            self._tiled,
+            read,
+            height,
+            width,
+            overlap=overlap,
+            progress=progress,
+            shrink=tile is None,
+        )
+        sides = [tile] if tile is not None else self._sides(height, width, room)
+        found = self._first_that_fits(sides, compute)
+        if tile is None and found.seam > _SEAM_LIMIT:
+            side = 2 * found.tile
+            if side < max(height, width) and side * side * self.bytes_per_pixel <= room:
+                log.info("tiles of %d disagree, trying %d", found.tile, side)
+                with suppress(MemoryError):
+                    found = self._first_that_fits([side], compute)
+        if found.seam > _SEAM_LIMIT:
+            log.warning("tiles disagree by %.1f steps of 8 bits where they meet", 255 * found.seam)
+        return found
+
+    def _first_that_fits(self, sides: Sequence[int], compute: Callable[[int], Change]) -> Change:
+        """The change in tiles of the first of these sides for which memory suffices."""
         cause: BaseException | None = None
         for side in sides:
             try:
-                return self._tiled(
-                    read, height, width, side, overlap, progress, shrink=tile is None
-                )
+                return compute(side)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -126,9 +150,8 @@ class Restorer:
                 torch.cuda.empty_cache()
         raise MemoryError("out of memory") from cause
 
-    def _sides(self, height: int, width: int, memory: int | None) -> list[int]:
+    def _sides(self, height: int, width: int, room: int) -> list[int]:
         """Sides to try, 0 for the whole picture."""
-        room = memory if memory is not None else 1 << 62
         faster = 0 < _TILED_FROM * self.tile**2 < height * width
         sides = [0] if height * width * self.bytes_per_pixel <= room and not faster else []
         side = self.tile or LARGEST
@@ -145,9 +168,9 @@ class Restorer:
         height: int,
         width: int,
         side: int,
+        *,
         overlap: int | None,
         progress: Callable[[int, int], None] | None,
-        *,
         shrink: bool,
     ) -> Change:
         usual = side // (_LOCAL_OVERLAP if self.tile else _OVERLAP)
@@ -181,8 +204,6 @@ class Restorer:
                     progress(done, len(places))
         _check(values, read)
         seam = sum(seams) / len(seams) if seams else 0.0
-        if seam > _SEAM_LIMIT:
-            log.warning("tiles disagree by %.1f steps of 8 bits where they meet", 255 * seam)
         return Change(values=values, tile=side, seam=seam)
 
     def _run(self, tiles: Tensor) -> Tensor:

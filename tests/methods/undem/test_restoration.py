@@ -170,6 +170,46 @@ def test_tiles_that_disagree_are_reported(picture, caplog):
     assert "disagree" in caplog.text
 
 
+class Narrow(nn.Module):
+    """Sees the left and right ends of a tile, and says so where tiles are small."""
+
+    def __init__(self, small, *, most=2048):
+        super().__init__()
+        self.small, self.most, self.tried = small, most, []
+
+    def forward(self, x):
+        side = x.shape[-1]
+        self.tried.append(side)
+        if side > self.most:
+            raise MemoryError
+        slope = torch.linspace(0, 0.2, side) if side <= self.small else torch.zeros(side)
+        return x, x + slope
+
+
+def test_tiles_that_disagree_are_tried_larger(caplog):
+    dark = reader(torch.rand(3, 1100, 2100) * 0.5)
+    room = 105 * 10**6
+    narrow = Narrow(small=600)
+    change = restorer(narrow, tile=512).change(dark, 1100, 2100, memory=room)
+    assert (change.tile, change.seam) == (1024, 0)
+    assert "disagree" not in caplog.text
+    named = restorer(Narrow(small=600)).change(dark, 1100, 2100, tile=512)
+    assert named.tile == 512
+    assert named.seam > 2 / 255
+
+
+@pytest.mark.parametrize("case", ["little room", "no memory", "no better"])
+def test_what_larger_tiles_cannot_mend_is_reported(case, caplog):
+    dark = reader(torch.rand(3, 1100, 2100) * 0.5)
+    room = (40 if case == "little room" else 105) * 10**6
+    narrow = Narrow(small=2000, most=600 if case == "no memory" else 2048)
+    with caplog.at_level(logging.WARNING):
+        change = restorer(narrow, tile=512).change(dark, 1100, 2100, memory=room)
+    assert change.tile == (1024 if case == "no better" else 512)
+    assert (max(narrow.tried) > 600) == (case != "little room")
+    assert "disagree" in caplog.text
+
+
 def test_tone_is_kept_and_bands_stay_removed():
     """The network darkens everything and takes out a band; the fit undoes the first alone."""
     generator = torch.Generator().manual_seed(0)
