@@ -36,9 +36,9 @@ _LUMA_SHARE = 0.1
 _COARSE, _MIDDLE, _FINE, _FINEST = (0.045, 0.1), (0.1, 0.2), (0.2, 0.35), (0.35, 0.71)
 # Octaves in each of which one real factor says how far colour follows luma.
 _OCTAVES = ((0.02, 0.1), (0.1, 0.2), (0.2, 0.35), (0.35, 0.8))
-_WEIGHTS = (0.782, -3.019, 2.758, 3.089, 1.793, -2.802, -0.974)
+_WEIGHTS = (0.695, -3.117, 2.741, 3.240, 1.780, -2.769, -0.914)
 # Set so that 95 % of the photographs of screens that it was fitted on are found.
-_OFFSET = -7.184
+_OFFSET = -7.399
 
 
 def reduction(height: int, width: int) -> int:
