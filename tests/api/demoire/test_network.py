@@ -1,11 +1,13 @@
 """Which weights a run takes, and how much memory its network may have."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from qtool.api.demoire import network as networks
 from qtool.errors import CheckpointError, MissingError
-from qtool.models import demoire
+from qtool.models import demoire, demoire_weights
 from qtool.settings.demoire import DemoireSettings
 
 
@@ -88,4 +90,39 @@ def test_tiles_of_a_quantized_network_meet(quantize_network, gates, tmp_path):
     tiled = restorer.change(read, 150, 201, tile=64, overlap=24)
     assert float(whole.values.abs().mean()) > 2 / 255
     assert float((whole.values - tiled.values).abs().mean()) < 1 / 255
+    assert tiled.seam < 1 / 255
+
+
+def test_bfloat16_changes_the_bundled_result_by_less_than_half_a_step():
+    network = demoire_weights.load_network(demoire_weights.bundled_path())
+    random = torch.Generator().manual_seed(0)
+    wave = torch.linspace(0, 90, 320).sin() * 0.15
+    picture = 0.5 + wave.view(-1, 1) * wave + 0.02 * torch.randn(3, 320, 320, generator=random)
+    short, full = (
+        replace(networks.make_restorer(network, torch.device("cpu")), bfloat16=bfloat16).change(
+            lambda rows, columns: picture[:, rows][:, :, columns], 320, 320, tile=0
+        )
+        for bfloat16 in (True, False)
+    )
+    difference = 255 * (short.values - full.values).abs()
+    assert float(255 * full.values.abs().mean()) > 1
+    assert 0 < float(difference.mean()) < 0.5
+    assert float(difference.max()) < 5
+
+
+def test_the_bundled_network_in_its_tiles_is_near_whole():
+    network = demoire_weights.load_network(demoire_weights.bundled_path())
+    restorer = networks.make_restorer(network, torch.device("cpu"))
+    wave = torch.linspace(0, 400, 1536).sin() * 0.2
+    random = torch.Generator().manual_seed(0)
+    picture = 0.5 + wave.view(-1, 1) * wave + 0.02 * torch.randn(3, 1536, 1536, generator=random)
+    whole, tiled = (
+        restorer.change(
+            lambda rows, columns: picture[:, rows][:, :, columns], 1536, 1536, tile=tile
+        )
+        for tile in (0, None)
+    )
+    assert (whole.tile, tiled.tile) == (0, 512)
+    assert float(whole.values.abs().mean()) > 1 / 255
+    assert float((whole.values - tiled.values).abs().mean()) < 0.1 / 255
     assert tiled.seam < 1 / 255
