@@ -22,8 +22,7 @@ def layers_in(table: checkpoint.PlaneTable) -> dict[str, SwitchableLayer]:
         entry.name = name
         entry.pinned = bool(layer.options.get("pinned"))
         weights = () if layer.kind == "attention" else tuple(widths.weight_bits)
-        first = layer.kind == "conv"
-        activation = (layer.input_bits or 8,) if first else tuple(widths.activation_bits)
+        activation = tuple(checkpoint.activation_widths(layer, widths))
         entry.offer = Offer(weights, activation, planes=table.planes.get(name, 0))
         entry.active = BitSpec(layer.weight_bits or max(widths.weight_bits), layer.input_bits or 8)
         layers[name] = entry

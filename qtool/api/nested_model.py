@@ -11,6 +11,8 @@ from qtool.io import checkpoint, nested_tensors
 from qtool.models import vision
 from qtool.quant.attention import ATTENTION_CLASSES
 from qtool.quant.bits import BitSpec
+from qtool.quant.convolution import without_norm
+from qtool.quant.layers import Geometry
 from qtool.quant.nested_layers import NestedConv2d, NestedLinear, NestedProducts
 from qtool.quant.nested_storage import fill
 from qtool.quant.plan import Quantizer, replace_module
@@ -49,6 +51,8 @@ def install(
             replace_module(model, name, ATTENTION_CLASSES[kinds[name]](source, module))
         else:
             replace_module(model, name, module)
+        if norm := str(layer.options.get("norm") or ""):
+            replace_module(model, norm, without_norm(model.get_submodule(norm)))
         state |= {f"{place}.{leaf}": tensor for leaf, tensor in fill(module, own).items()}
     return state
 
@@ -80,17 +84,21 @@ def _module(
             device="meta",
         )
     kind = NestedConv2d if layer.kind == "conv" else NestedLinear
-    if layer.kind == "conv":
-        activation = (active.activation,)
-    return kind(
+    own = tuple(checkpoint.activation_widths(layer, widths))
+    module = kind(
         tuple(source.get_parameter("weight").shape),
         name=name,
-        offer=Offer(tuple(widths.weight_bits), activation, planes=planes),
+        offer=Offer(tuple(widths.weight_bits), own, planes=planes),
         active=active,
-        table=quantizer == "table" and layer.kind != "conv",
+        table=quantizer == "table",
         pinned=bool(layer.options.get("pinned")),
         device="meta",
     )
+    if isinstance(module, NestedConv2d):
+        if not isinstance(source, nn.Conv2d):
+            raise TypeError(f"{name} is no convolution")
+        module.geometry = Geometry.of(source)
+    return module
 
 
 def choose_bits(

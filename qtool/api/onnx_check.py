@@ -27,11 +27,13 @@ FLOAT_TOLERANCE = 1e-3
 LAYER_TOLERANCE = 1e-2
 """Relative error of a quantized layer; a single code on the edge of two makes 1e-3 of it."""
 
-OUTPUT_TOLERANCE = 0.05
-"""Relative error of the logits of two independent runs that is always allowed."""
+OUTPUT_TOLERANCE = 0.1
+"""Relative error of the logits of two independent runs that is always allowed: a single code on the
+edge of two made 6 % of it in a small ResNet of 4 bits."""
 
 _NOISE = 1e-6
 _NOISE_FACTOR = 2.0
+_DRAWS = 3
 
 _Call = Callable[..., Tensor]
 
@@ -125,14 +127,14 @@ def compare(model: nn.Module, images: Tensor, logits: Tensor) -> dict[str, float
 
     Returns:
         Share of pictures with the same choice; the largest difference of a logit relative to the
-        largest logit; the relative error of all; and that of the engine under noise.
+        largest logit; the relative error of all; and the largest of the engine under noise.
 
     Raises:
         QtoolError: They differ by more than noise explains.
     """
     expected = model(images)
     with _noise(model):
-        own = distance(model(images), expected)
+        own = max(distance(model(images), expected) for _ in range(_DRAWS))
     share = distance(logits, expected)
     if not share <= max(OUTPUT_TOLERANCE, _NOISE_FACTOR * own):
         raise QtoolError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -33,6 +34,7 @@ from qtool.methods.rotated import rotated
 from qtool.models import vision
 from qtool.quant import widths
 from qtool.quant.bits import BitSpec
+from qtool.quant.convolution import fold_norms
 from qtool.quant.macs import multiplications
 from qtool.quant.nested_storage import round_to_storage, stored
 from qtool.quant.plan import LayerPlan, Quantizer, plan_layers, weight_parameters
@@ -46,6 +48,9 @@ TRAINED_DOWN_TO = 4
 """Below this width, weights rounded after training rarely serve."""
 
 _TOP_ACTIVATION = 8
+_FEWEST_WEIGHTS = 32
+"""Weights in a row below which it stays in half precision, as squeeze-and-excitation does."""
+
 _SAMPLE = 32
 _SENSITIVITY_IMAGES = 8
 
@@ -87,6 +92,7 @@ def quantize(
     offer = Offer(bits, activation_widths(bits))
     layout = vision.layout(opened.model)
     plans, pinned = _plans(settings, opened.model, layout, offer)
+    sees_picture = [name for name in _first_convolution(opened.model) if name in plans]
     if min(bits) < TRAINED_DOWN_TO:
         notice.warning(
             "%d-bit weights without training lose much; measure before use: "
@@ -102,6 +108,8 @@ def quantize(
     quantizer: Quantizer = "table" if settings.recipe == "strong" else "uniform"
     if settings.recipe == "strong":
         opened = replace(opened, model=rotated(opened.model, layout, pixels, quantized=plans))
+    float_bytes = sum(p.numel() * 4 for p in opened.model.parameters())
+    fold_norms(opened.model, [(name, plan.norm) for name, plan in plans.items() if plan.norm])
     model = simulate(
         copy.deepcopy(opened.model),
         plans,
@@ -109,6 +117,7 @@ def quantize(
         offer=offer,
         quantizer=quantizer,
         pinned=pinned,
+        sees_picture=sees_picture,
     )
     records = calibrate(
         model,
@@ -127,7 +136,9 @@ def quantize(
     expected = _outputs(model, sample, _checked_widths(offer))
     freeze(model)
     macs = multiplications(opened.model, plans, pixels[:1])
-    header = _header(settings, opened, plans, made, offer, pinned, quantizer, macs, costs)
+    header = _header(
+        settings, opened, plans, made, offer, pinned, sees_picture, quantizer, macs, costs
+    )
     summary: dict[str, Any] = {
         "model": opened.name,
         "architecture": opened.architecture,
@@ -138,7 +149,7 @@ def quantize(
         "calibration": calibration.source(settings),
         "count": len(pixels),
         "output": str(settings.output),
-        "float_bytes": sum(p.numel() * 4 for p in opened.model.parameters()),
+        "float_bytes": float_bytes,
         "quantized_weights": weight_parameters(opened.model, plans),
         **made.summary,
         "calibration_agreement": _agreement(opened.model, sample, expected),
@@ -185,28 +196,35 @@ def _plans(
 ) -> tuple[dict[str, LayerPlan], list[str]]:
     """The planned layers, and those of them that `--keep` pins to a width.
 
-    Patch embedding and head stay in half precision unless they are named.
+    First and last layers stay in half precision unless they are named; so do convolutions in groups
+    and those with so few weights a row that their scales would outweigh what few bits save.
 
     Raises:
-        UsageError: The model is no ViT, DeiT or Swin, or a pinned width is none of the file's.
+        UsageError: A pinned width is none of the file's, or a layer that was named has groups.
     """
-    if not layout.attentions:
-        raise UsageError(
-            f"{type(model).__name__} cannot be made switchable: only ViT, DeiT and Swin can",
-            remedy="choose one bit-width, for example w4a8",
-        )
+    kinds = (nn.Linear, nn.Linear | nn.Conv2d)
     ends = [
         name
         for name in layout.units
-        if isinstance(model.get_submodule(name), nn.Linear | nn.Conv2d)
+        if isinstance(model.get_submodule(name), kinds[name == layout.units[0]])
         and not any(fnmatchcase(name, glob) for glob, _ in settings.kept)
     ]
+    small = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d) and (module.groups > 1 or _is_short(module)):
+            if module.groups > 1 and any(fnmatchcase(name, glob) for glob, _ in settings.kept):
+                raise UsageError(
+                    f"{name} convolves in groups, and stays in half precision in a switchable file",
+                    remedy="leave it out of --keep",
+                )
+            small.append(name)
     plans = plan_layers(
         model,
         attentions=[site.name for site in layout.attentions],
         bits=settings.bit_spec,
+        batch_norms=dict(layout.batch_norms),
         keep=settings.kept,
-        skip=[*settings.skip, *ends],
+        skip=[*settings.skip, *ends, *small],
     )
     pinned = []
     for name, plan in plans.items():
@@ -219,6 +237,16 @@ def _plans(
                 )
             pinned.append(name)
     return plans, pinned
+
+
+def _is_short(module: nn.Conv2d) -> bool:
+    return module.weight[0].numel() < _FEWEST_WEIGHTS
+
+
+def _first_convolution(model: nn.Module) -> list[str]:
+    """The layer that sees the picture."""
+    names = (name for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
+    return list(itertools.islice(names, 1))
 
 
 def _sensitivities(
@@ -297,6 +325,7 @@ def _header(
     made: calibration.Calibration,
     offer: Offer,
     pinned: list[str],
+    sees_picture: list[str],
     quantizer: Quantizer,
     macs: Mapping[str, int],
     costs: Mapping[str, list[float]],
@@ -304,9 +333,13 @@ def _header(
     layers = {}
     for name, plan in plans.items():
         options: dict[str, str | int | float | bool | None] = {
-            "quantizer": "uniform" if plan.kind == "conv" else quantizer,
+            "quantizer": "uniform" if name in sees_picture else quantizer,
             "macs": macs[name],
         }
+        if plan.norm:
+            options["norm"] = plan.norm
+        if name in sees_picture:
+            options[checkpoint.SEES_PICTURE] = True
         if plan.weight_bits:
             planes = nested_tensors.planes_for(max(offer.weight))
             options |= {"planes": planes, "pinned": name in pinned}

@@ -52,15 +52,24 @@ from qtool.io.container import (
     shown,
     strict_json,
 )
-from qtool.io.header import MIXED, Header, LayerBits, NestedWidths
+from qtool.io.header import (
+    MIXED,
+    SEES_PICTURE,
+    Header,
+    LayerBits,
+    NestedWidths,
+    activation_widths,
+)
 
 __all__ = [
     "FORMAT",
     "MIXED",
+    "SEES_PICTURE",
     "Header",
     "LayerBits",
     "NestedWidths",
     "PlaneTable",
+    "activation_widths",
     "change_header",
     "content",
     "read",
@@ -317,11 +326,10 @@ def _nested_disagreement(
             stored = layer.options.get("planes")
             if type(stored) is not int or not 1 <= stored <= nested_tensors.MAX_PLANES:
                 return f"layer {shown(name)}: planes is {shown(str(stored))}, not 1 to 4"
-            first = layer.kind == "conv"
             problem = nested_tensors.layer_problem(
                 own,
                 widths.weight_bits,
-                [layer.input_bits or 8] if first else widths.activation_bits,
+                activation_widths(layer, widths),
                 planes=min(stored, planes),
                 table=table,
             )

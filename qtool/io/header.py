@@ -26,6 +26,10 @@ MIXED = "mixed"
 LayerName = Annotated[str, Field(pattern=r"^\w+(\.\w+)*$", max_length=300)]
 
 
+SEES_PICTURE = "sees_picture"
+"""Option of a switchable layer whose input is the picture, which has 8 bits at every width."""
+
+
 class LayerBits(BaseModel):
     """How one layer is quantized.
 
@@ -48,6 +52,18 @@ class LayerBits(BaseModel):
         if (self.kind == "attention") != (self.weight_bits is None):
             raise ValueError("linear and conv layers have weight_bits, attention has none")
         return self
+
+
+def activation_widths(layer: LayerBits, widths: NestedWidths) -> list[int]:
+    """The widths of activations that a layer of a switchable file has: one if it sees the picture.
+
+    Args:
+        layer: The layer.
+        widths: What the layers of the file have in common.
+    """
+    if layer.options.get(SEES_PICTURE):
+        return [layer.input_bits or 8]
+    return widths.activation_bits
 
 
 class NestedWidths(BaseModel):

@@ -11,17 +11,32 @@ from torch import Tensor, nn
 from qtool.engine import ops
 from qtool.quant import nested, tables
 from qtool.quant.bits import BitSpec
-from qtool.quant.layers import IntegerProducts, quantized
+from qtool.quant.layers import Geometry, IntegerProducts, quantized
 from qtool.quant.plan import Quantizer, products_quantizers
 from qtool.quant.widths import Offer, SwitchableLayer
 
 
-def to_patches(images: Tensor, patch: tuple[int, ...]) -> Tensor:
-    """Cut (B, C, H, W) into patches as a convolution sees them: (B, H / p * W / q, C * p * q)."""
-    batch, channels, height, width = images.shape
-    down, across = patch
-    grid = images.reshape(batch, channels, height // down, down, width // across, across)
-    return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+def windows(
+    pictures: Tensor, kernel: tuple[int, ...], geometry: Geometry, around: Tensor
+) -> Tensor:
+    """What the kernel of a convolution sees, as rows: (B, C, H, W) to (B, H', W', K).
+
+    Args:
+        pictures: (B, C, H, W), of any type.
+        kernel: Height and width.
+        geometry: Where the kernel looks; without groups.
+        around: What lies around the pictures, one element.
+    """
+    (above, beside), (down, across) = geometry.padding, geometry.dilation
+    if above or beside:
+        batch, channels, height, width = pictures.shape
+        wide = (batch, channels, height + 2 * above, width + 2 * beside)
+        padded = around.to(pictures.dtype).expand(wide).clone()
+        padded[:, :, above : above + height, beside : beside + width] = pictures
+        pictures = padded
+    rows = pictures.unfold(2, (kernel[0] - 1) * down + 1, geometry.stride[0])
+    seen = rows.unfold(3, (kernel[1] - 1) * across + 1, geometry.stride[1])
+    return seen[..., ::down, ::across].permute(0, 2, 3, 1, 4, 5).flatten(3)
 
 
 class NestedLinear(SwitchableLayer, nn.Module):
@@ -92,10 +107,14 @@ class NestedLinear(SwitchableLayer, nn.Module):
         zero = self.input_zero_point[column : column + 1]
         narrow = self.input_table is not None and spec.activation < tables.GRID_BITS
         table = cast(Tensor, self.input_table)[column] if narrow else None
-        levels = quantized(x, scale, zero, table, bits=spec.activation)
+        levels = self.rows(quantized(x, scale, zero, table, bits=spec.activation), zero)
         return ops.linear_nested(
             levels, scale, zero, self.codes, self.alpha[row], self.bias[row], bits=spec.weight
         )
+
+    def rows(self, levels: Tensor, zero_point: Tensor) -> Tensor:
+        """The quantized input as rows that the codes are multiplied with."""
+        return levels
 
     def extra_repr(self) -> str:
         """Shape and widths."""
@@ -104,15 +123,20 @@ class NestedLinear(SwitchableLayer, nn.Module):
 
 
 class NestedConv2d(NestedLinear):
-    """A convolution over patches that do not overlap: (B, C, H, W) to (B, N, H / p, W / p)."""
+    """A convolution without groups, as a linear layer over what its kernel sees.
+
+    Shape: (B, C, H, W) to (B, N, H', W').
+    """
+
+    geometry = Geometry()
+
+    def rows(self, levels: Tensor, zero_point: Tensor) -> Tensor:
+        """What the kernel sees at every place; zeros around the picture are quantized too."""
+        return windows(levels, self.shape[2:], self.geometry, zero_point)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Cut into patches, apply the linear layer, restore the grid."""
-        patch = self.shape[2:]
-        y: Tensor = super().forward(to_patches(x, patch))
-        grid = (x.shape[-2] // patch[0], x.shape[-1] // patch[1])
-        out: Tensor = y.transpose(1, 2).unflatten(2, grid)
-        return out
+        """Quantize `x`, convolve integers, apply scales and bias."""
+        return super().forward(x).movedim(-1, 1)
 
 
 class NestedProducts(SwitchableLayer, nn.Module):

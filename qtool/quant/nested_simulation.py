@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import cast
 
@@ -11,20 +12,27 @@ from torch import Tensor, nn
 
 from qtool.quant import nested, nested_rounding, quantizers, tables
 from qtool.quant.bits import BitSpec
+from qtool.quant.layers import Geometry
 from qtool.quant.nested_layers import (
     NestedConv2d,
     NestedLinear,
     NestedProducts,
     table_rows,
-    to_patches,
+    windows,
 )
 from qtool.quant.plan import LayerPlan, Quantizer, products_quantizers
 from qtool.quant.simulation import SimulatedLayer, SimulatedProducts
 from qtool.quant.widths import Offer, SwitchableLayer
 
+_WINDOW_VALUES = 2**25
+"""Most values of windows that are laid out at once: 128 MiB."""
+
+_MOST_ROWS = 32_768
+"""Most places of pictures that codes and ranges are chosen by."""
+
 
 class SimulatedNested(SwitchableLayer, SimulatedLayer):
-    """A linear layer, or a patch embedding seen as one, with one weight for all widths.
+    """A linear layer, or a convolution without groups, with one weight for all widths.
 
     Parameters are the weight and, per width, the bias and `gain`, the logarithm of a correction to
     the scales `alpha`. The step of the codes is chosen once, from the weight and the second moment
@@ -59,7 +67,7 @@ class SimulatedNested(SwitchableLayer, SimulatedLayer):
         self.name, self.offer, self.pinned = name, offer, pinned
         self.active = BitSpec(plan.weight_bits, plan.input_bits)
         self.weight_shape = tuple(source.weight.shape)
-        self.patch = source.kernel_size if isinstance(source, nn.Conv2d) else None
+        self.geometry = Geometry.of(source) if isinstance(source, nn.Conv2d) else None
         weight = source.weight.detach().flatten(1).clone()
         rows = len(weight)
         bias = weight.new_zeros(rows) if source.bias is None else source.bias.detach()
@@ -76,15 +84,19 @@ class SimulatedNested(SwitchableLayer, SimulatedLayer):
         self.register_buffer("input_table", levels if table else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer: (..., K) to (..., N), or (B, C, H, W) to (B, N, H / p, W / p)."""
-        size = x.shape[-2:]
-        if self.patch is not None:
-            x = to_patches(x, self.patch)
+        """Apply the layer: (..., K) to (..., N), or (B, C, H, W) to (B, N, H', W')."""
         self.observe(input=x)
-        y = self._quantized(x) if self.enabled else F.linear(x, self.weight, self.float_bias)
-        if self.patch is not None:
-            y = y.transpose(1, 2).unflatten(2, (size[0] // self.patch[0], size[1] // self.patch[1]))
-        return y
+        if self.enabled:
+            return self._quantized(x)
+        return self._product(x, self.weight) + self._over_channels(self.float_bias)
+
+    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+        if self.geometry is None:
+            return F.linear(x, weight)
+        return F.conv2d(x, weight.view(self.weight_shape), None, **self.geometry._asdict())
+
+    def _over_channels(self, parameter: Tensor) -> Tensor:
+        return parameter if self.geometry is None else parameter.view(-1, 1, 1)
 
     def _quantized(self, x: Tensor) -> Tensor:
         spec = self.width()
@@ -98,7 +110,8 @@ class SimulatedNested(SwitchableLayer, SimulatedLayer):
             x, scale, zero, table, bits=spec.activation, unrounded=self.unrounded(x)
         )
         weights = nested.nested_levels(self.weight, self.step, bits=spec.weight)
-        return F.linear(levels, weights) * (scale * self.scales()[row]) + self.bias[row]
+        scales = self._over_channels(scale * self.scales()[row])
+        return self._product(levels, weights) * scales + self._over_channels(self.bias[row])
 
     def scales(self) -> Tensor:
         """Scales of all widths, (widths, N)."""
@@ -115,7 +128,7 @@ class SimulatedNested(SwitchableLayer, SimulatedLayer):
             first: The width whose codes are chosen freely, see `nested_rounding`; None rounds to
                 nearest.
         """
-        x = self.seen["input"].flatten(0, -2)
+        x = self._rows()
         moment = x.T @ x / len(x)
         floor = 1e-6 * float(moment.diagonal().mean())
         moment.diagonal().clamp_min_(floor)
@@ -140,6 +153,18 @@ class SimulatedNested(SwitchableLayer, SimulatedLayer):
             self.bias[row] = self.float_bias + F.linear(mean, lost)
         self.gain.zero_()
 
+    def _rows(self) -> Tensor:
+        """Inputs seen, as rows (M, K); of many places that a kernel sees, some."""
+        x = self.seen["input"]
+        if self.geometry is None:
+            return x.flatten(0, -2)
+        height, width = self.weight_shape[2:]
+        places = x.shape[2] * x.shape[3] // math.prod(self.geometry.stride)
+        most = max(1, _WINDOW_VALUES // (places * self.weight.shape[1]))
+        chosen = x[:: -(-len(x) // most)]
+        rows = windows(chosen, (height, width), self.geometry, x.new_zeros(1)).flatten(0, 2)
+        return rows[:: -(-len(rows) // _MOST_ROWS)]
+
     def _levels(self, bits: int) -> Tensor:
         return nested.nested_levels(self.weight, self.step, bits=bits)
 
@@ -147,19 +172,22 @@ class SimulatedNested(SwitchableLayer, SimulatedLayer):
     def choose_input(self, bits: int) -> None:
         """Choose the quantizer of activations of one width from the inputs seen."""
         column = self.offer.activation.index(bits)
-        x = self.seen["input"]
         if self.input_table is not None and bits < tables.GRID_BITS:
-            cost = self.weight.square().sum(dim=0)
+            x, cost = self.seen["input"], self.weight.square().sum(dim=0)
+            if self.geometry is not None:  # channels last, so that a row is a place
+                x = x.movedim(1, -1)
+                cost = cost.view(self.weight_shape[1:]).sum(dim=(1, 2))
             scale, zero, table = tables.search_table(x, bits=bits, channel_weights=cost)
             self.input_table[column] = table
         else:
+            x = self._rows()
             scale, zero = quantizers.search_activation_range(x, bits=bits, weight=self.weight)
         self.input_scale[column], self.input_zero_point[column] = scale[0], zero[0]
 
     @torch.no_grad()
     def freeze(self) -> NestedLinear:
         """The integer layer with these codes and scales."""
-        kind = NestedLinear if self.patch is None else NestedConv2d
+        kind = NestedLinear if self.geometry is None else NestedConv2d
         layer = kind(
             self.weight_shape,
             name=self.name,
@@ -169,6 +197,8 @@ class SimulatedNested(SwitchableLayer, SimulatedLayer):
             pinned=self.pinned,
             device=self.weight.device,
         )
+        if isinstance(layer, NestedConv2d) and self.geometry is not None:
+            layer.geometry = self.geometry
         layer.codes.copy_(nested.nested_codes(self.weight, self.step))
         layer.alpha.copy_(self.scales())
         for name in ("bias", "input_scale", "input_zero_point"):

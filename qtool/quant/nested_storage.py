@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qtool.quant import nested, tables
 from qtool.quant.layers import OPERANDS
 from qtool.quant.nested_layers import NestedLinear, NestedProducts
-from qtool.quant.nested_simulation import SimulatedNested
+from qtool.quant.nested_simulation import SimulatedNested, SimulatedNestedProducts
 
 _FINE = 2**tables.GRID_BITS
 _BYTE = 8
@@ -56,16 +56,17 @@ def round_to_storage(model: nn.Module) -> None:
     Args:
         model: A simulated switchable model, calibrated.
     """
-    kept = set()
+    kept: set[int] = set()
     for layer in model.modules():
         if isinstance(layer, SimulatedNested):
             layer.alpha.copy_(layer.scales().half())
             layer.gain.zero_()
             layer.bias.copy_(layer.bias.half())
-            kept |= {id(parameter) for parameter in layer.parameters()}
-    for parameter in model.parameters():
-        if id(parameter) not in kept:
-            parameter.copy_(parameter.half())
+        if isinstance(layer, SimulatedNested | SimulatedNestedProducts):
+            kept |= {id(tensor) for tensor in (*layer.parameters(), *layer.buffers())}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if id(tensor) not in kept and tensor.dtype == torch.float32:
+            tensor.copy_(tensor.half())
 
 
 def stored(model: nn.Module) -> dict[str, Tensor]:

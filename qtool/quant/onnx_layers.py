@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from qtool.quant.layers import OPERANDS, Geometry, IntegerProducts, QuantConv2d, QuantLinear
 from qtool.quant.nested import code_levels
-from qtool.quant.nested_layers import NestedConv2d, NestedLinear, NestedProducts, to_patches
+from qtool.quant.nested_layers import NestedConv2d, NestedLinear, NestedProducts
 from qtool.quant.plan import replace_module
 from qtool.quant.tables import GRID_BITS
 
@@ -190,9 +190,11 @@ class OnnxConv2d(nn.Module):
         weight: (N, C / groups, kernel height, kernel width).
         bias: (N,), or None.
         geometry: Where it looks.
+        offset: As for `OnnxLinear`; without groups.
     """
 
     bias: Tensor | None
+    offset: Tensor | None
 
     def __init__(
         self,
@@ -201,29 +203,23 @@ class OnnxConv2d(nn.Module):
         bias: Tensor | None,
         *,
         geometry: Geometry,
+        offset: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.activation = activation
         self.weight = weight
         self.geometry = geometry
         self.register_buffer("bias", bias)
+        self.register_buffer("offset", None if offset is None else offset.view(-1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve."""
-        return F.conv2d(self.activation(x), self.weight(), self.bias, **self.geometry._asdict())
-
-
-class OnnxPatches(OnnxLinear):
-    """A linear layer over patches that do not overlap: (B, C, H, W) to (B, N, H / p, W / p)."""
-
-    patch: tuple[int, ...] = (1, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Cut into patches, apply the layer, restore the grid."""
-        y = super().forward(to_patches(x, self.patch))
-        grid = (x.shape[-2] // self.patch[0], x.shape[-1] // self.patch[1])
-        out: Tensor = y.transpose(1, 2).unflatten(2, grid)
-        return out
+        x, geometry = self.activation(x), self.geometry._asdict()
+        y = F.conv2d(x, self.weight(), self.bias, **geometry)
+        if self.offset is not None:
+            ones = x.new_ones(1, 1, *self.weight.codes.shape[2:])
+            y = y + F.conv2d(x.sum(dim=1, keepdim=True), ones, None, **geometry) * self.offset
+        return y
 
 
 class OnnxProduct(nn.Module):
@@ -355,9 +351,9 @@ def _nested(layer: NestedLinear) -> nn.Module:
         # Odd levels -255..255 are 2 q + 1 of whole q -128..127: the 1 is added beside the product.
         levels, scale, offset = (levels - 1) / 2, 2 * scale, scale
     middle = torch.full_like(layer.alpha[row], 2 ** (GRID_BITS - 1))
-    weight = OnnxWeight(levels, scale, middle, axis=1)
+    bias = layer.bias[row]
     if not isinstance(layer, NestedConv2d):
-        return OnnxLinear(activation, weight, layer.bias[row], offset=offset)
-    patches = OnnxPatches(activation, weight, layer.bias[row], offset=offset)
-    patches.patch = layer.shape[2:]
-    return patches
+        weight = OnnxWeight(levels, scale, middle, axis=1)
+        return OnnxLinear(activation, weight, bias, offset=offset)
+    weight = OnnxWeight(levels.view(layer.shape), scale, middle, axis=0)
+    return OnnxConv2d(activation, weight, bias, geometry=layer.geometry, offset=offset)

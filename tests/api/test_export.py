@@ -103,6 +103,15 @@ def test_every_family_is_exported(save_weights, quantize, convolutional, family,
     assert_runs_as_the_engine(restore(*checkpoint.read(CHECKPOINT), origin="q.safetensors"))
 
 
+@pytest.mark.parametrize(("bits", "weights"), [("w8a8", "uint8"), ("w4a4", "int4")])
+def test_switchable_convolutions_are_exported(quantize, convolutional, bits, weights):
+    quantize(convolutional("resnet"), out=CHECKPOINT, bits="any:4-8", effort="quick")
+    found = switch(bits=bits).summary["onnx"]
+    assert set(found["weights"]) == {weights}
+    assert found["verify"]["layer_difference"] < 1e-5
+    assert_runs_as_the_engine(load(CHECKPOINT, bits=bits))
+
+
 def test_a_switchable_file_is_exported_at_the_bits_asked_for(quantize, small):
     quantize(small, out=CHECKPOINT, bits="any:4-8", recipe="strong", effort="quick")
     before = CHECKPOINT.read_bytes()

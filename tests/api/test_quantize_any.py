@@ -268,6 +268,63 @@ def test_kept_layers_are_pinned_and_ends_stay_in_half_precision(quantize, demo):
         quantize(demo, bits="any:4-8", keep=("head=3",), out=Path("other.safetensors"))
 
 
+@pytest.mark.parametrize("family", ["resnet", "mobilenet", "convnext"])
+def test_convolutional_networks_are_switchable(quantize, convolutional, images, family):
+    model = convolutional(family)
+    result = quantize(model, bits="any:2-8", out=FILE)
+    assert result.summary["verify"]["max_abs_difference"] < 1e-4
+    header = checkpoint.read_header(FILE)
+    reference = vision.open_model(model).model
+    convolutions = {
+        name: module
+        for name, module in reference.named_modules()
+        if isinstance(module, torch.nn.Conv2d)
+    }
+    grouped = {name for name, module in convolutions.items() if module.groups > 1}
+    assert grouped.isdisjoint(header.layers)
+    assert set(convolutions) & set(header.layers)
+    loaded = load(FILE)
+    errors = {}
+    with torch.no_grad():
+        expected = reference(images)
+        for width in (8, 6, 4, 2):
+            errors[width] = float((loaded(images, bits=width) - expected).square().mean())
+    assert errors[8] < errors[4] < errors[2]
+    assert errors[8] < 1e-2 * float(expected.square().mean())
+    loaded.set_bits({"*": 4})
+    again = load(FILE, bits=4)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), again(images))
+
+
+def test_norms_that_were_folded_are_gone_and_those_left_are_stored(quantize, convolutional):
+    quantize(convolutional("mobilenet"), bits="any:4-8", out=FILE)
+    header, tensors = checkpoint.read(FILE)
+    folded = {str(layer.options.get("norm")) for layer in header.layers.values()} - {"None"}
+    left = {name: tensor for name, tensor in tensors.items() if name.endswith(".running_var")}
+    assert folded
+    assert left
+    assert folded.isdisjoint(name.rpartition(".")[0] for name in left)
+    assert {tensor.dtype for tensor in left.values()} == {torch.float16}
+
+
+def test_what_sees_the_picture_has_one_width_of_activations(quantize, convolutional, images):
+    quantize(convolutional("convnext"), bits="any:4-8", out=FILE)
+    header = checkpoint.read_header(FILE)
+    assert header.layers["stem.0"].options[checkpoint.SEES_PICTURE] is True
+    model = load(FILE, bits="w4a4")
+    widths = {name: str(spec) for name, spec in model.layer_bits.items()}
+    assert widths.pop("stem.0") == "w4a8"
+    assert set(widths.values()) == {"w4a4"}
+    assert model(images).isfinite().all()
+
+
+def test_convolutions_in_groups_cannot_be_kept(quantize, convolutional):
+    with pytest.raises(UsageError, match="in groups"):
+        quantize(convolutional("mobilenet"), bits="any:4-8", keep=("*conv_dw=8",), out=FILE)
+    assert not FILE.exists()
+
+
 def test_widths_may_be_a_list(quantize, demo):
     result = quantize(demo, bits="any:2,8", recipe="paper", out=FILE)
     assert result.summary["widths"] == [2, 8]

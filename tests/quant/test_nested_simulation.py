@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from qtool.engine import dispatch
-from qtool.quant.nested_layers import NestedConv2d, NestedLinear
+from qtool.quant.layers import Geometry
+from qtool.quant.nested_layers import NestedConv2d, NestedLinear, windows
 from qtool.quant.nested_simulation import SimulatedNested, SimulatedNestedProducts
 from qtool.quant.plan import LayerPlan
 from qtool.quant.widths import Offer, bits
@@ -66,6 +67,63 @@ def test_patch_embedding_keeps_its_input_width():
         assert str(frozen.width()) == "w4a8"
         assert torch.equal(frozen(images), layer(images))
     assert frozen(images).shape == source(images).shape
+
+
+GEOMETRIES = {
+    "padded": {"kernel_size": 3, "padding": 1},
+    "strided": {"kernel_size": 3, "padding": (1, 0), "stride": (2, 1)},
+    "dilated": {"kernel_size": (3, 2), "padding": 2, "dilation": (2, 3)},
+    "pointwise": {"kernel_size": 1, "stride": 2},
+}
+
+
+@pytest.mark.parametrize("table", [False, True], ids=["uniform", "table"])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_convolutions_equal_the_engine(geometry, table):
+    x = torch.randn(3, 6, 11, 9, generator=torch.Generator().manual_seed(0)) + 0.5
+    source = seeded(nn.Conv2d, 6, 14, **GEOMETRIES[geometry]).requires_grad_(False)
+    layer = SimulatedNested(source, LayerPlan("conv", 8, 8), name="one", offer=OFFER, table=table)
+    layer = coded(layer.requires_grad_(False), x)
+    frozen = layer.freeze()
+    assert isinstance(frozen, NestedConv2d)
+    for weight in OFFER.weight:
+        for width in OFFER.activation:
+            for backend in ("auto", "reference"):
+                with bits(f"w{weight}a{width}"), dispatch.use_backend(backend):
+                    assert torch.equal(frozen(x), layer(x)), (weight, width, backend)
+    with bits("w8a8"):
+        error = (layer(x) - source(x)).square().mean() / source(x).square().mean()
+        assert frozen(x).shape == source(x).shape
+    assert float(error) < 1e-3
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_windows_are_what_a_convolution_multiplies(geometry):
+    x = torch.randn(2, 3, 11, 9, generator=torch.Generator().manual_seed(0))
+    source = seeded(nn.Conv2d, 3, 5, bias=False, **GEOMETRIES[geometry]).requires_grad_(False)
+    rows = windows(x, source.kernel_size, Geometry.of(source), torch.zeros(1))
+    product = (rows @ source.weight.flatten(1).T).movedim(-1, 1)
+    assert torch.allclose(product, source(x), atol=1e-6)
+    codes = windows(
+        torch.full((1, 1, 2, 2), 7, dtype=torch.uint8),
+        (3, 3),
+        Geometry(padding=(1, 1)),
+        torch.tensor([9], dtype=torch.int32),
+    )
+    assert codes.dtype == torch.uint8
+    assert codes[0, 0, 0].tolist() == [9, 9, 9, 9, 7, 7, 9, 7, 7]
+
+
+@pytest.mark.parametrize("most", [1, 100, 5000])
+def test_few_places_are_enough_to_choose_codes(most, monkeypatch):
+    monkeypatch.setattr("qtool.quant.nested_simulation._MOST_ROWS", most)
+    monkeypatch.setattr("qtool.quant.nested_simulation._WINDOW_VALUES", 60 * most)
+    x = torch.randn(3, 6, 11, 9, generator=torch.Generator().manual_seed(0))
+    source = seeded(nn.Conv2d, 6, 14, 3, padding=1).requires_grad_(False)
+    layer = SimulatedNested(source, LayerPlan("conv", 8, 8), name="one", offer=OFFER, table=False)
+    layer.seen = {"input": x}
+    assert 1 <= len(layer._rows()) <= most
+    assert layer._rows().shape[1] == 54
 
 
 @pytest.mark.parametrize("quantizer", ["uniform", "table"])

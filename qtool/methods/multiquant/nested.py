@@ -91,6 +91,7 @@ def simulate(
     offer: Offer,
     quantizer: Quantizer,
     pinned: Sequence[str] = (),
+    sees_picture: Sequence[str] = (),
 ) -> nn.Module:
     """Replace planned layers by switchable ones that calibrate, in place.
 
@@ -101,6 +102,7 @@ def simulate(
         offer: The widths that every layer is to have.
         quantizer: How activations of fewer than 8 bits are quantized.
         pinned: Layers that keep their width unless they are named.
+        sees_picture: Layers whose input is the picture, and has one width.
 
     Returns:
         The same model.
@@ -114,13 +116,13 @@ def simulate(
             ).to(next(source.parameters()).device)
             replace_module(model, name, ATTENTION_CLASSES[kinds[name]](source, products))
         elif isinstance(source, nn.Linear | nn.Conv2d):
-            is_first = plan.kind == "conv"
+            sees = name in sees_picture
             layer = SimulatedNested(
                 source,
                 plan,
                 name=name,
-                offer=Offer(offer.weight, (plan.input_bits,)) if is_first else offer,
-                table=quantizer == "table" and not is_first,
+                offer=Offer(offer.weight, (plan.input_bits,)) if sees else offer,
+                table=quantizer == "table" and not sees,
                 pinned=name in pinned,
             )
             replace_module(model, name, layer)
