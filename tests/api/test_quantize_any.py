@@ -4,8 +4,10 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from qtool.api import evaluate as evaluate_api
 from qtool.api.load import load
@@ -331,3 +333,26 @@ def test_widths_may_be_a_list(quantize, demo):
     assert load(FILE, bits=2).active_bits == "w2a8"
     with pytest.raises(UsageError):
         load(FILE, bits=4)
+
+
+def test_a_resnet_chooses_as_in_float_at_eight_bits(quantize, shared_data, tmp_path):
+    folder = shared_data / "cifar10"
+    sheet = Image.open(folder / "train" / "cat.webp").convert("RGB")
+    for index in range(32):
+        left, top = 32 * (index % 8), 32 * (index // 8)
+        sheet.crop((left, top, left + 32, top + 32)).save(tmp_path / f"{index}.png")
+    weights = shared_data / "weights" / "cifar10_resnet20.safetensors"
+    quantize("resnet20", weights=str(weights), calib=tmp_path, bits="any:4-8", out=FILE)
+    opened = vision.open_model("resnet20", weights=weights)
+    with np.load(folder / "cifar10_test.npz", allow_pickle=True) as found:
+        pictures = torch.from_numpy(found["x_test"][:400]).permute(0, 3, 1, 2).float() / 255
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (opened.data.mean, opened.data.std))
+    pictures = (pictures - mean) / std
+    model = load(FILE)
+    with torch.no_grad():
+        expected = opened.model(pictures).argmax(1)
+        same = {
+            n: float((model(pictures, bits=n).argmax(1) == expected).float().mean()) for n in (8, 4)
+        }
+    assert same[8] >= 0.99
+    assert same[4] >= 0.9
