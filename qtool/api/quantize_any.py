@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import time
 from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -91,8 +90,8 @@ def quantize(
     bits = settings.switchable or ()
     offer = Offer(bits, activation_widths(bits))
     layout = vision.layout(opened.model)
-    plans, pinned = _plans(settings, opened.model, layout, offer)
-    sees_picture = [name for name in _first_convolution(opened.model) if name in plans]
+    planned = _planned(settings, opened.model, layout, offer)
+    plans = planned.plans
     if min(bits) < TRAINED_DOWN_TO:
         notice.warning(
             "%d-bit weights without training lose much; measure before use: "
@@ -116,8 +115,8 @@ def quantize(
         layout.attentions,
         offer=offer,
         quantizer=quantizer,
-        pinned=pinned,
-        sees_picture=sees_picture,
+        pinned=planned.pinned,
+        sees_picture=planned.sees_picture,
     )
     records = calibrate(
         model,
@@ -132,13 +131,11 @@ def quantize(
     round_to_storage(model)
     calibrated = time.monotonic()
     sample = pixels[:_SAMPLE]
-    costs = _sensitivities(settings, model, plans, pinned, pixels, bits, progress)
+    costs = _sensitivities(settings, model, planned, pixels, bits, progress)
     expected = _outputs(model, sample, _checked_widths(offer))
     freeze(model)
     macs = multiplications(opened.model, plans, pixels[:1])
-    header = _header(
-        settings, opened, plans, made, offer, pinned, sees_picture, quantizer, macs, costs
-    )
+    header = _header(settings, opened, planned, made, offer, quantizer, macs, costs)
     summary: dict[str, Any] = {
         "model": opened.name,
         "architecture": opened.architecture,
@@ -191,10 +188,24 @@ def quantize(
     return result
 
 
-def _plans(
+class _Planned(NamedTuple):
+    """The layers of a switchable file.
+
+    Attributes:
+        plans: Their kinds, and the widths they run at.
+        pinned: Those that `--keep` pins to a width.
+        sees_picture: The one whose input is the picture, if it is among them.
+    """
+
+    plans: dict[str, LayerPlan]
+    pinned: list[str]
+    sees_picture: list[str]
+
+
+def _planned(
     settings: QuantizeSettings, model: nn.Module, layout: vision.Layout, offer: Offer
-) -> tuple[dict[str, LayerPlan], list[str]]:
-    """The planned layers, and those of them that `--keep` pins to a width.
+) -> _Planned:
+    """Decide which layers have several widths.
 
     First and last layers stay in half precision unless they are named; so do convolutions in groups
     and those with so few weights a row that their scales would outweigh what few bits save.
@@ -236,24 +247,18 @@ def _plans(
                     remedy="keep it at one of the widths of the file",
                 )
             pinned.append(name)
-    return plans, pinned
+    convolutions = [n for n, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    return _Planned(plans, pinned, [name for name in convolutions[:1] if name in plans])
 
 
 def _is_short(module: nn.Conv2d) -> bool:
     return module.weight[0].numel() < _FEWEST_WEIGHTS
 
 
-def _first_convolution(model: nn.Module) -> list[str]:
-    """The layer that sees the picture."""
-    names = (name for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
-    return list(itertools.islice(names, 1))
-
-
 def _sensitivities(
     settings: QuantizeSettings,
     model: nn.Module,
-    plans: Mapping[str, LayerPlan],
-    pinned: list[str],
+    planned: _Planned,
     pixels: Tensor,
     bits: tuple[int, ...],
     progress: Progress | None,
@@ -261,7 +266,11 @@ def _sensitivities(
     """What each layer costs at each width, for `switch-bits --budget`; none with effort quick."""
     if settings.effort == "quick" or len(bits) < 2:
         return {}
-    names = [name for name, plan in plans.items() if plan.weight_bits and name not in pinned]
+    names = [
+        name
+        for name, plan in planned.plans.items()
+        if plan.weight_bits and name not in planned.pinned
+    ]
     return sensitivities(model, pixels[:_SENSITIVITY_IMAGES], names, bits, progress=progress)
 
 
@@ -321,28 +330,26 @@ def _verify(
 def _header(
     settings: QuantizeSettings,
     opened: vision.OpenedModel,
-    plans: Mapping[str, LayerPlan],
+    planned: _Planned,
     made: calibration.Calibration,
     offer: Offer,
-    pinned: list[str],
-    sees_picture: list[str],
     quantizer: Quantizer,
     macs: Mapping[str, int],
     costs: Mapping[str, list[float]],
 ) -> checkpoint.Header:
     layers = {}
-    for name, plan in plans.items():
+    for name, plan in planned.plans.items():
         options: dict[str, str | int | float | bool | None] = {
-            "quantizer": "uniform" if name in sees_picture else quantizer,
+            "quantizer": "uniform" if name in planned.sees_picture else quantizer,
             "macs": macs[name],
         }
         if plan.norm:
             options["norm"] = plan.norm
-        if name in sees_picture:
+        if name in planned.sees_picture:
             options[checkpoint.SEES_PICTURE] = True
         if plan.weight_bits:
             planes = nested_tensors.planes_for(max(offer.weight))
-            options |= {"planes": planes, "pinned": name in pinned}
+            options |= {"planes": planes, "pinned": name in planned.pinned}
         layers[name] = checkpoint.LayerBits(
             kind=plan.kind,
             weight_bits=plan.weight_bits or None,
