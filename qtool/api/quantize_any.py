@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qtool.api import calibration, export, hub_folder, layer_report
+from qtool.api import calibration, export, hub_folder, nested_report
 from qtool.api.load import restore
 from qtool.api.nested_model import choose_bits
 from qtool.api.quantized_header import calibrated_provenance
@@ -23,7 +23,6 @@ from qtool.errors import Progress, QtoolError, UsageError
 from qtool.io import checkpoint, nested_tensors
 from qtool.methods.multiquant.nested import (
     NestedConfig,
-    NestedRecord,
     calibrate,
     freeze,
     simulate,
@@ -38,7 +37,7 @@ from qtool.quant.macs import multiplications
 from qtool.quant.nested_storage import round_to_storage, stored
 from qtool.quant.plan import LayerPlan, Quantizer, plan_layers, weight_parameters
 from qtool.quant.widths import Offer
-from qtool.report import Picture, Result, Table
+from qtool.report import Picture, Result
 from qtool.settings.quantize import QuantizeSettings
 
 METHOD = "nested 2-bit planes"
@@ -172,12 +171,12 @@ def quantize(
             overwrite=settings.overwrite,
             verify=settings.verify,
         )
-    items = _items(model, opened.model, plans, sample, offer, macs)
+    items = nested_report.items(model, opened.model, plans, sample, offer, macs)
     result = Result(
         "quantize",
         items=items,
         summary=summary,
-        tables=_tables(summary, items, records, offer),
+        tables=nested_report.tables(summary, items, records, offer),
         pictures=(
             Picture("Calibration images", sheet_png(denormalised(pixels.cpu(), opened.data))),
         ),
@@ -383,87 +382,5 @@ def _header(
             weight_bits=list(offer.weight),
             activation_bits=list(offer.activation),
             sensitivity={name: list(values) for name, values in costs.items()},
-        ),
-    )
-
-
-def _items(
-    model: nn.Module,
-    reference: nn.Module,
-    plans: Mapping[str, LayerPlan],
-    sample: Tensor,
-    offer: Offer,
-    macs: Mapping[str, int],
-) -> list[dict[str, Any]]:
-    """One record per layer: backend, multiplications, output errors at the ends of the range."""
-    high, low = BitSpec(offer.weight[-1], _TOP_ACTIVATION), BitSpec(offer.weight[0], 8)
-    measured = {}
-    for spec in dict.fromkeys((high, low)):
-        with widths.bits(str(spec)):
-            measured[str(spec)] = layer_report.measure(
-                model, reference, plans, sample, losses=dict.fromkeys(plans, 0.0)
-            )
-    first = measured[str(high)]
-    return [
-        {
-            "layer": record["layer"],
-            "kind": record["kind"],
-            "backend": record["backend"],
-            "macs": macs[record["layer"]],
-            "output_error": {spec: rows[index]["output_error"] for spec, rows in measured.items()},
-        }
-        for index, record in enumerate(first)
-    ]
-
-
-def _tables(
-    summary: Mapping[str, Any],
-    items: list[dict[str, Any]],
-    records: list[NestedRecord],
-    offer: Offer,
-) -> tuple[Table, ...]:
-    agreement = summary["calibration_agreement"]
-    facts: list[tuple[str, Any]] = [
-        ("file", summary["output"]),
-        ("size, all widths", layer_report.shown_size(summary)),
-        ("weight bits", ", ".join(map(str, offer.weight))),
-        ("calibration", f"{summary['count']} images, {summary['calibration']}"),
-        *((f"agreement with float, {spec}", f"{share:.1%}") for spec, share in agreement.items()),
-        ("time", f"{summary['seconds']['total']:.0f} s"),
-    ]
-    if "verify" in summary:
-        worst = summary["verify"]["max_abs_difference"]
-        facts.append(("reloaded file differs by at most", f"{worst:.2g}"))
-    facts += export.facts(summary)
-    specs = list(records[0].before) if records else []
-    errors = list(items[0]["output_error"]) if items else []
-    return (
-        Table("Quantized", ("what", "value"), facts),
-        Table(
-            "Layers",
-            ("layer", "backend", *(f"output error {spec}" for spec in errors)),
-            [
-                (
-                    item["layer"],
-                    item["backend"],
-                    *(layer_report.shown(item["output_error"][spec]) for spec in errors),
-                )
-                for item in items
-            ],
-        ),
-        Table(
-            "Blocks (squared error relative to the block's output, before and after training)",
-            ("block", *specs),
-            [
-                (
-                    record.name,
-                    *(
-                        f"{layer_report.shown(record.before[spec])} > "
-                        f"{layer_report.shown(record.after[spec])}"
-                        for spec in specs
-                    ),
-                )
-                for record in records
-            ],
         ),
     )

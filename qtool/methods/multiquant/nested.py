@@ -39,6 +39,8 @@ RANGE_IMAGES = 32
 FOLD_BITS = 4
 """Width for which channel ranges are evened, the middle of what is served; done once for all."""
 
+_USUAL_ACTIVATION = 8
+
 Layer = SimulatedNested | SimulatedNestedProducts
 
 
@@ -53,9 +55,11 @@ class NestedConfig:
         batch_size: Images per step.
         seed: Order of images and widths.
         drop: Share of activations left unrounded in a training step.
-        low_emphasis: Weight of the lowest width in the choice of ranges; others weigh 1.
         first: The width whose codes are chosen freely, as near to it as the widths served allow; 0
             rounds to nearest.
+        emphasis: Weight of that width (of the lowest if codes are rounded to nearest) in the choice
+            of ranges; others weigh 1.
+        favour: How many times as often as others that width is trained.
     """
 
     steps: int = 100
@@ -64,8 +68,9 @@ class NestedConfig:
     batch_size: int = 8
     seed: int = 0
     drop: float = 0.5
-    low_emphasis: float = 2.0
     first: int = 4
+    emphasis: float = 2.0
+    favour: float = 3.0
 
 
 @dataclass(frozen=True)
@@ -273,9 +278,9 @@ def _choose_ranges(
     _observe(name, layers, streams[0], top)
     for layer in layers:
         if isinstance(layer, SimulatedNested):
-            low = min(layer.offer.weight)
-            emphasis = dict.fromkeys(layer.offer.weight, 1.0) | {low: config.low_emphasis}
-            free = max(min(config.first, max(layer.offer.weight)), low) if config.first else None
+            free = _first(layer.offer.weight, config)
+            emphasis = dict.fromkeys(layer.offer.weight, 1.0)
+            emphasis[free or min(emphasis)] = config.emphasis
             layer.code_weights(emphasis, first=free)
     for bits in sorted({bits for layer in layers for bits in layer.offer.activation}):
         nearest = min(range(len(streams)), key=lambda index: _distance(streams[index].spec, bits))
@@ -286,6 +291,11 @@ def _choose_ranges(
     for layer in layers:
         layer.seen = {}
         layer.enabled = True
+
+
+def _first(weight: Sequence[int], config: NestedConfig) -> int | None:
+    """The width among those served whose codes are chosen freely, None for no such width."""
+    return max(min(config.first, max(weight)), min(weight)) if config.first else None
 
 
 def _distance(spec: BitSpec | None, bits: int) -> tuple[int, int]:
@@ -318,6 +328,8 @@ def _train(
     unit, kwargs = streams[0].model.get_submodule(name), streams[0].calls[name].kwargs
     power = float(expected.square().mean())
     groups = _halves(streams)
+    first = _first(linears[0].offer.weight, config)
+    often = torch.tensor([_how_often(stream.spec, first, config.favour) for stream in streams])
     with dropping(layers, config.drop, seed=config.seed, device=device):
         for step in range(config.steps):
             decay = 0.5 * (1.0 + math.cos(math.pi * step / config.steps))
@@ -327,8 +339,8 @@ def _train(
             chosen = order[: config.batch_size].to(device)
             optimizer.zero_grad()
             for group_of_streams in groups:
-                draw = int(torch.randint(len(group_of_streams), (1,), generator=generator))
-                number = group_of_streams[draw]
+                draw = torch.multinomial(often[group_of_streams], 1, generator=generator)
+                number = group_of_streams[int(draw)]
                 stream = streams[number]
                 with stream.running():
                     output = unit(inputs[number][chosen], **kwargs)
@@ -338,6 +350,14 @@ def _train(
     for parameter in (*gains, *others):
         parameter.requires_grad_(False)
         parameter.grad = None
+
+
+def _how_often(spec: BitSpec | None, first: int | None, favour: float) -> float:
+    """How often a stream is trained: activations of 8 bits twice, being the usual ones."""
+    if spec is None:
+        return 1.0
+    usual = 2.0 if spec.activation >= _USUAL_ACTIVATION else 1.0
+    return usual * (favour if spec.weight == first else 1.0)
 
 
 def _halves(streams: Sequence[Stream]) -> list[list[int]]:
