@@ -40,7 +40,8 @@ def public_name(source: str) -> str:
     """A model's name without the folders of the machine it came from."""
     if source.startswith(_NAMED):
         return source
-    return re.split(r"[/\\]", source.removeprefix(sources.FOLDER_PREFIX).rstrip("/\\"))[-1]
+    last = re.split(r"[/\\]", source.removeprefix(sources.FOLDER_PREFIX).rstrip("/\\"))[-1]
+    return f"{sources.FOLDER_PREFIX}{last}" if source.startswith(sources.FOLDER_PREFIX) else last
 
 
 def remember(opened: vision.OpenedModel, weights: str) -> None:

@@ -13,6 +13,7 @@ from qtool.io.header import Header
 from qtool.models import registry
 from qtool.models.data_config import DataConfig
 from qtool.models.registry import CONFIG_FILE, WEIGHTS_FILE
+from qtool.models.sources import FOLDER_PREFIX
 
 Rows = Sequence[tuple[str, str]]
 
@@ -70,6 +71,10 @@ def text(header: Header, *, size: int, summary: Mapping[str, Any]) -> str:
     return "\n\n".join(sections) + "\n"
 
 
+def _name(source: str) -> str:
+    return public_name(source).removeprefix(FOLDER_PREFIX)
+
+
 def _restores(header: Header) -> bool:
     return header.task == "restoration"
 
@@ -107,8 +112,8 @@ def _facts(header: Header, size: int, summary: Mapping[str, Any]) -> Rows:
         megabytes += f", of {summary['float_bytes'] / 1e6:.2f} MB in float32"
     rows = [
         ("architecture", header.architecture),
-        ("float model", public_name(str(provenance.get("source", header.architecture)))),
-        ("its weights", public_name(str(provenance.get("weights_source", "not recorded")))),
+        ("float model", _name(str(provenance.get("source", header.architecture)))),
+        ("its weights", _name(str(provenance.get("weights_source", "not recorded")))),
         ("SHA-256 of them", str(provenance.get("weights_sha256", "not recorded"))),
         ("bits", _bits(header)),
         ("quantized layers", _layers(header)),

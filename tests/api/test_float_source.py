@@ -21,7 +21,7 @@ def opened(name):
     [
         ("/home/me/secret/w.safetensors", "w.safetensors"),
         ("C:\\Users\\me\\w.bin", "w.bin"),
-        ("local-dir:/home/me/net/", "net"),
+        ("local-dir:/home/me/net/", "local-dir:net"),
         ("hf-hub:timm/x@main", "hf-hub:timm/x@main"),
         ("bundled demo_vit.safetensors", "bundled demo_vit.safetensors"),
         ("deit_t", "deit_t"),
@@ -71,3 +71,10 @@ def test_a_damaged_note_counts_as_none(text):
 @pytest.mark.parametrize("digest", ["", "../../../etc/passwd", "zz", "a" * 4000])
 def test_a_digest_from_a_hostile_header_leaves_the_cache_alone(digest):
     assert float_source.recall(digest) is None
+
+
+def test_a_folder_that_was_the_model_keeps_saying_so():
+    """So that `eval --weights FILE` asks for its architecture, not for a model of its name."""
+    assert float_source.is_path(float_source.public_name("local-dir:/home/me/net/"))
+    assert float_source.is_path(float_source.public_name("/home/me/w.safetensors"))
+    assert not float_source.is_path(float_source.public_name("deit_t"))
