@@ -27,9 +27,9 @@ FLOAT_TOLERANCE = 1e-3
 LAYER_TOLERANCE = 1e-2
 """Relative error of a quantized layer; a single code on the edge of two makes 1e-3 of it."""
 
-OUTPUT_TOLERANCE = 0.1
-"""Relative error of the logits of two independent runs that is always allowed: a single code on the
-edge of two made 6 % of it in a small ResNet of 4 bits."""
+OUTPUT_TOLERANCE = 0.25
+"""Relative error of the logits of two independent runs that is always allowed: codes on the edge of
+two made 13 % of it in a small ResNet of 4 bits. What is wrong differs by more than all of it."""
 
 _NOISE = 1e-6
 _NOISE_FACTOR = 2.0
