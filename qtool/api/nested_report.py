@@ -8,14 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from qtool.api import export, layer_report
-from qtool.methods.multiquant.nested import NestedRecord
+from qtool.methods.multiquant.nested import USUAL_ACTIVATION, NestedRecord
 from qtool.quant import widths
 from qtool.quant.bits import BitSpec
 from qtool.quant.plan import LayerPlan
 from qtool.quant.widths import Offer
 from qtool.report import Table
-
-_TOP_ACTIVATION = 8
 
 
 def items(
@@ -28,8 +26,8 @@ def items(
 ) -> list[dict[str, Any]]:
     """One record per layer: backend, multiplications, output errors at the ends of the range."""
     high, low = (
-        BitSpec(offer.weight[-1], _TOP_ACTIVATION),
-        BitSpec(offer.weight[0], _TOP_ACTIVATION),
+        BitSpec(offer.weight[-1], USUAL_ACTIVATION),
+        BitSpec(offer.weight[0], USUAL_ACTIVATION),
     )
     measured = {}
     for spec in dict.fromkeys((high, low)):

@@ -29,7 +29,8 @@ LAYER_TOLERANCE = 1e-2
 
 OUTPUT_TOLERANCE = 0.25
 """Relative error of the logits of two independent runs that is always allowed: codes on the edge of
-two made 13 % of it in a small ResNet of 4 bits. What is wrong differs by more than all of it."""
+two made 13 % of it in a small ResNet of 4 bits. Only a coarse net beside the
+lockstep, which is exact to `LAYER_TOLERANCE`."""
 
 _NOISE = 1e-6
 _NOISE_FACTOR = 2.0

@@ -22,6 +22,7 @@ from qtool.api.synthesize import denormalised, sheet_png
 from qtool.errors import Progress, QtoolError, UsageError
 from qtool.io import checkpoint, nested_tensors
 from qtool.methods.multiquant.nested import (
+    USUAL_ACTIVATION,
     NestedConfig,
     calibrate,
     freeze,
@@ -45,7 +46,6 @@ PAPER = "MultiQuant, arXiv 2305.08117"
 TRAINED_DOWN_TO = 4
 """Below this width, weights rounded after training rarely serve."""
 
-_TOP_ACTIVATION = 8
 _FEWEST_WEIGHTS = 32
 """Weights in a row below which it stays in half precision, as squeeze-and-excitation does."""
 
@@ -55,7 +55,7 @@ _SENSITIVITY_IMAGES = 8
 
 def activation_widths(weight: tuple[int, ...]) -> tuple[int, ...]:
     """The activation widths of a file: those of the weights, and 8, which is the usual one."""
-    return tuple(sorted({*weight, _TOP_ACTIVATION}))
+    return tuple(sorted({*weight, USUAL_ACTIVATION}))
 
 
 def quantize(
@@ -276,7 +276,7 @@ def _sensitivities(
 def _checked_widths(offer: Offer) -> list[BitSpec]:
     """The widths at which a file is compared with what calibration computed."""
     low, high = offer.weight[0], offer.weight[-1]
-    specs = (BitSpec(high, _TOP_ACTIVATION), BitSpec(low, _TOP_ACTIVATION), BitSpec(low, low))
+    specs = (BitSpec(high, USUAL_ACTIVATION), BitSpec(low, USUAL_ACTIVATION), BitSpec(low, low))
     return list(dict.fromkeys(specs))
 
 
@@ -355,7 +355,7 @@ def _header(
             input_bits=plan.input_bits,
             options=options,
         )
-    usual = [f"w{bits}a{_TOP_ACTIVATION}" for bits in reversed(offer.weight)]
+    usual = [f"w{bits}a{USUAL_ACTIVATION}" for bits in reversed(offer.weight)]
     equal = [f"w{bits}a{bits}" for bits in reversed(offer.weight)]
     return checkpoint.Header(
         architecture=opened.architecture,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qtool.api.estimate import warm_seconds
-from qtool.api.runtime import check_report, choose_device, planned_device, prepare, write_report
+from qtool.api.runtime import check_report, choose_device, prepare, write_report
 from qtool.errors import ImageError, Progress, QualityGateError, UsageError
 from qtool.io import folders, images
 from qtool.metrics import fidelity, perceptual
@@ -59,16 +59,16 @@ def plan(settings: EvaluateSettings, reference: Path) -> Result:
     """
     _check(settings)
     trios, unmatched = _matched(settings, reference)
+    device = choose_device(settings.device)
     summary = {
         "target": settings.target,
         "reference": str(reference),
         "protocol": settings.protocol,
         "metrics": _metrics(settings),
-        "device": planned_device(settings),
+        "device": str(device),
         "count": len(trios),
         "without_reference": len(unmatched),
     }
-    device = choose_device(settings.device)
     with contextlib.suppress(ImageError, ValueError):
         seconds = warm_seconds(lambda: _measured(trios[0], settings, device, None), device)
         summary["estimated_seconds"] = math.ceil(len(trios) * seconds)

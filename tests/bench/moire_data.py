@@ -1,6 +1,6 @@
 """What training data is worth: the same network and steps on pairs of several kinds.
 
-    python tests/bench/moire_data.py DATA --work DIR --generator FILE [--steps N] [--rows A,B]
+    python tests/bench/moire_data.py DATA --work DIR --generator FILE [--steps N] [--rows 'A;B']
 
 DATA has the folders moire_unpaired, which pairs are made from, and moire_pairs and clean/kodak24,
 which the networks are measured on (`restoration.py`) and which nothing here is trained on. FILE is

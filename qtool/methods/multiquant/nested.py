@@ -39,7 +39,8 @@ RANGE_IMAGES = 32
 FOLD_BITS = 4
 """Width for which channel ranges are evened, the middle of what is served; done once for all."""
 
-_USUAL_ACTIVATION = 8
+USUAL_ACTIVATION = 8
+"""Bits of activations that a width of weights runs with when nothing else is said."""
 
 Layer = SimulatedNested | SimulatedNestedProducts
 
@@ -356,7 +357,7 @@ def _how_often(spec: BitSpec | None, first: int | None, favour: float) -> float:
     """How often a stream is trained: activations of 8 bits twice, being the usual ones."""
     if spec is None:
         return 1.0
-    usual = 2.0 if spec.activation >= _USUAL_ACTIVATION else 1.0
+    usual = 2.0 if spec.activation >= USUAL_ACTIVATION else 1.0
     return usual * (favour if spec.weight == first else 1.0)
 
 
