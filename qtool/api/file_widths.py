@@ -23,7 +23,12 @@ def layers_in(table: checkpoint.PlaneTable) -> dict[str, SwitchableLayer]:
         entry.pinned = bool(layer.options.get("pinned"))
         weights = () if layer.kind == "attention" else tuple(widths.weight_bits)
         activation = tuple(checkpoint.activation_widths(layer, widths))
-        entry.offer = Offer(weights, activation, planes=table.planes.get(name, 0))
+        entry.offer = Offer(
+            weights,
+            activation,
+            planes=table.planes.get(name, 0),
+            dedicated=widths.dedicated_2bit,
+        )
         entry.active = BitSpec(layer.weight_bits or max(widths.weight_bits), layer.input_bits or 8)
         layers[name] = entry
     return layers
@@ -67,10 +72,16 @@ def with_bits(table: checkpoint.PlaneTable, specs: Mapping[str, BitSpec]) -> che
 def needed_bytes(table: checkpoint.PlaneTable, specs: Mapping[str, BitSpec]) -> int:
     """Bytes of a file with the planes that these widths need, and no others."""
     planes = sum(
-        size * nested_tensors.planes_for(specs[name].weight)
+        size * planes_needed(table.header, specs[name].weight)
         for name, size in table.plane_bytes.items()
     )
     return table.other_bytes + planes
+
+
+def planes_needed(header: checkpoint.Header, bits: int) -> int:
+    """Number of planes of a file that a layer with weights of so many bits reads."""
+    own = header.nested is not None and header.nested.dedicated_2bit
+    return nested_tensors.planes_for(bits, dedicated=own)
 
 
 def bit_operations(header: checkpoint.Header, specs: Mapping[str, BitSpec]) -> int:

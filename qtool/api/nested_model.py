@@ -43,7 +43,7 @@ def install(
         place = f"{name}.products" if layer.kind == "attention" else name
         own = {
             leaf: state.pop(f"{place}.{leaf}")
-            for leaf in ("p1", "p2", "p3", "p4", "alpha", "delta", "act", "act_table")
+            for leaf in ("d2", "p1", "p2", "p3", "p4", "alpha", "delta", "act", "act_table")
             if f"{place}.{leaf}" in state
         }
         module = _module(source, name, layer, header, planes=_planes(own))
@@ -88,7 +88,7 @@ def _module(
     module = kind(
         tuple(source.get_parameter("weight").shape),
         name=name,
-        offer=Offer(tuple(widths.weight_bits), own, planes=planes),
+        offer=Offer(tuple(widths.weight_bits), own, planes=planes, dedicated=widths.dedicated_2bit),
         active=active,
         table=quantizer == "table",
         pinned=bool(layer.options.get("pinned")),

@@ -87,7 +87,7 @@ def quantize(
     """
     started = time.monotonic()
     bits = settings.switchable or ()
-    offer = Offer(bits, activation_widths(bits))
+    offer = Offer(bits, activation_widths(bits), dedicated=settings.dedicated_2bit)
     layout = vision.layout(opened.model)
     planned = _planned(settings, opened.model, layout, offer)
     plans = planned.plans
@@ -382,5 +382,6 @@ def _header(
             weight_bits=list(offer.weight),
             activation_bits=list(offer.activation),
             sensitivity={name: list(values) for name, values in costs.items()},
+            dedicated_2bit=offer.dedicated,
         ),
     )

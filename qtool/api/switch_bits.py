@@ -10,13 +10,20 @@ from typing import Any
 from torch import Tensor
 
 from qtool.api import branch_widths, export, hub_folder
-from qtool.api.file_widths import bit_operations, chosen, layers_in, needed_bytes, with_bits
+from qtool.api.file_widths import (
+    bit_operations,
+    chosen,
+    layers_in,
+    needed_bytes,
+    planes_needed,
+    with_bits,
+)
 from qtool.errors import CheckpointError, Progress, UsageError
 from qtool.io import checkpoint, nested_tensors
 from qtool.models import sources
 from qtool.quant.allocation import Option, allot
 from qtool.quant.bits import BitSpec, parse_width
-from qtool.quant.widths import Choice, SwitchableLayer
+from qtool.quant.widths import DEDICATED_BITS, Choice, SwitchableLayer
 from qtool.report import Result, Table
 from qtool.settings.switch_bits import Budget, SwitchBitsSettings, parse_budget
 
@@ -165,7 +172,7 @@ def _budgeted(
 
     def takes(name: str, bits: int) -> float:
         if is_size:
-            return table.plane_bytes[name] * nested_tensors.planes_for(bits)
+            return table.plane_bytes[name] * planes_needed(header, bits)
         macs = header.layers[name].options.get("macs")
         return (macs if isinstance(macs, int) else 0) * bits * full[name].activation
 
@@ -211,13 +218,17 @@ def _fewer(
     if widths is None:
         raise CheckpointError(f"{source} has no planes")
     _, tensors = checkpoint.read(source)
+
+    def reached(planes: int) -> int:
+        return nested_tensors.bits_of(planes) or DEDICATED_BITS
+
     layers = {}
     top = 0
     for name, layer in header.layers.items():
         layers[name] = layer
         if layer.weight_bits:
-            planes = nested_tensors.planes_for(specs[name].weight)
-            top = max(top, nested_tensors.bits_of(planes))
+            planes = planes_needed(header, specs[name].weight)
+            top = max(top, reached(planes))
             layers[name] = layer.model_copy(update={"options": layer.options | {"planes": planes}})
             for number in range(planes + 1, nested_tensors.MAX_PLANES + 1):
                 tensors.pop(f"{name}.p{number}", None)
@@ -228,7 +239,7 @@ def _fewer(
             for leaf in ("alpha", "delta"):
                 tensors[f"{name}.{leaf}"] = tensors[f"{name}.{leaf}"][:rows].clone()
     least = min(
-        nested_tensors.bits_of(nested_tensors.planes_for(specs[name].weight))
+        reached(planes_needed(header, specs[name].weight))
         for name, layer in layers.items()
         if layer.weight_bits and not layer.options.get("pinned")
     )

@@ -39,6 +39,9 @@ def quantize(
     ] = None,
     budget: Annotated[Budget | None, option(QuantizeSettings, "budget", "--budget")] = None,
     engine: Annotated[Engine | None, option(QuantizeSettings, "engine", "--engine")] = None,
+    dedicated_2bit: Annotated[
+        bool | None, option(QuantizeSettings, "dedicated_2bit", "--dedicated-2bit")
+    ] = None,
     recipe: Annotated[Recipe | None, option(QuantizeSettings, "recipe", "--recipe")] = None,
     effort: Annotated[Effort | None, option(QuantizeSettings, "effort", "--effort")] = None,
     steps: Annotated[int | None, option(QuantizeSettings, "steps", "--steps")] = None,

@@ -216,7 +216,8 @@ def read(path: Path) -> tuple[Header, dict[str, Tensor]]:
     with open_container(path) as file:
         table = read_table(file, path)
         header = _header(path, table.metadata, intact=table.intact)
-        if table.cut and table.sections < 2:
+        own_2bit = header.nested is not None and header.nested.dedicated_2bit
+        if table.cut and table.sections < 2 and not own_2bit:
             raise damaged(path, "it ends before the first plane of weights")
         tensors = read_tensors(file, path, table)
     planes = table.sections - 1 if table.cut else branch_tensors.MAX_BRANCHES
@@ -324,14 +325,16 @@ def _nested_disagreement(
             problem = nested_tensors.products_problem(own, widths.activation_bits, table=table)
         else:
             stored = layer.options.get("planes")
-            if type(stored) is not int or not 1 <= stored <= nested_tensors.MAX_PLANES:
-                return f"layer {shown(name)}: planes is {shown(str(stored))}, not 1 to 4"
+            least = 0 if widths.dedicated_2bit else 1
+            if type(stored) is not int or not least <= stored <= nested_tensors.MAX_PLANES:
+                return f"layer {shown(name)}: planes is {shown(str(stored))}, not {least} to 4"
             problem = nested_tensors.layer_problem(
                 own,
                 widths.weight_bits,
                 activation_widths(layer, widths),
                 planes=min(stored, planes),
                 table=table,
+                dedicated=widths.dedicated_2bit,
             )
         if problem:
             return f"layer {shown(name)}: {problem}"

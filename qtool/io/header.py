@@ -74,6 +74,7 @@ class NestedWidths(BaseModel):
         activation_bits: The same for activations.
         sensitivity: What running a layer at each of the weight widths costs the model's output, by
             layer; empty where it was not measured.
+        dedicated_2bit: Whether 2 bits have codes of their own beside the nested ones.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -81,6 +82,7 @@ class NestedWidths(BaseModel):
     weight_bits: Annotated[list[Bits], Field(min_length=1, max_length=7)]
     activation_bits: Annotated[list[Bits], Field(min_length=1, max_length=7)]
     sensitivity: dict[LayerName, list[Annotated[float, Field(ge=0, allow_inf_nan=False)]]] = {}
+    dedicated_2bit: bool = False
 
     @model_validator(mode="after")
     def _widths_rise(self) -> Self:
@@ -89,6 +91,8 @@ class NestedWidths(BaseModel):
                 raise ValueError(f"the widths {widths} do not rise")
         if any(len(costs) != len(self.weight_bits) for costs in self.sensitivity.values()):
             raise ValueError("a sensitivity does not have one number per weight width")
+        if self.dedicated_2bit and 2 not in self.weight_bits:
+            raise ValueError("2 bits have codes of their own, and are no width of the file")
         return self
 
 
@@ -159,7 +163,11 @@ class Header(BaseModel):
 
     def to_json(self) -> str:
         """The header in JSON, without what goes without saying."""
-        absent = {name for name in ("nested", "branches") if getattr(self, name) is None}
+        absent: dict[str, Any] = {
+            name: True for name in ("nested", "branches") if getattr(self, name) is None
+        }
         if self.task == "classification":
-            absent.add("task")
+            absent["task"] = True
+        if self.nested is not None and not self.nested.dedicated_2bit:
+            absent["nested"] = {"dedicated_2bit"}
         return json.dumps(self.model_dump(exclude=absent), separators=(",", ":"))

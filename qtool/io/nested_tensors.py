@@ -3,6 +3,7 @@
 | tensor                    | type | shape                     | content                      |
 |---------------------------|------|---------------------------|------------------------------|
 | `NAME.p1` .. `NAME.p4`    | U8   | (N, ceil(K / 4))          | base-4 digits of 8-bit codes |
+| `NAME.d2`                 | U8   | (N, ceil(K / 4))          | own codes of 2 bits, if any  |
 | `NAME.alpha`              | F16  | (weight widths, N)        | scales of rows               |
 | `NAME.delta`              | F16  | (weight widths, N)        | bias, corrected per width    |
 | `NAME.act`                | F32  | (activation widths, 2)    | scale, zero point            |
@@ -27,6 +28,7 @@ from torch import Tensor
 from qtool.io.container import shown
 
 MAX_PLANES = 4
+DIGIT_BITS = 2
 TABLE_MARKS = 32
 NARROW = 8
 """Activations of fewer bits may have a table."""
@@ -42,14 +44,14 @@ def plane_of(leaf: str) -> int:
     return int(match[1]) if match else 0
 
 
-def planes_for(bits: int) -> int:
-    """Number of 2-bit planes that hold so many bits."""
-    return (bits + 1) // 2
+def planes_for(bits: int, *, dedicated: bool = False) -> int:
+    """Number of 2-bit planes that hold so many bits; none if 2 bits have codes of their own."""
+    return 0 if dedicated and bits == DIGIT_BITS else (bits + 1) // DIGIT_BITS
 
 
 def bits_of(planes: int) -> int:
     """The most bits that so many planes hold."""
-    return 2 * planes
+    return DIGIT_BITS * planes
 
 
 def table_bytes(activation: Sequence[int], operands: int = 1) -> int:
@@ -73,6 +75,7 @@ def layer_problem(
     *,
     planes: int,
     table: bool,
+    dedicated: bool = False,
 ) -> str:
     """Say in one line what is wrong with the tensors of a layer with weights, or nothing.
 
@@ -82,17 +85,19 @@ def layer_problem(
         activation: The widths that `act` has rows for.
         planes: Number of planes that should be there.
         table: Whether there should be tables.
+        dedicated: Whether 2 bits should have codes of their own.
     """
-    needed = _LINEAR | {f"p{number + 1}" for number in range(planes)}
+    codes = ["d2"] * dedicated + [f"p{number + 1}" for number in range(planes)]
+    needed = _LINEAR | set(codes)
     if table and table_bytes(activation):
         needed |= {"act_table"}
     if own.keys() != needed:
         return f"it has the tensors {_names(own)}, not {_names(needed)}"
-    first = own["p1"]
-    for number in range(planes):
-        plane = own[f"p{number + 1}"]
+    first = own[codes[0]]
+    for leaf in codes:
+        plane = own[leaf]
         if plane.dtype != torch.uint8 or plane.ndim != 2 or plane.shape != first.shape:
-            return f"p{number + 1} is {_described(plane)}, not uint8 {tuple(first.shape)}"
+            return f"{leaf} is {_described(plane)}, not uint8 {tuple(first.shape)}"
     for leaf in ("alpha", "delta"):
         tensor, shape = own[leaf], (len(weights), len(first))
         if tensor.dtype != torch.float16 or tuple(tensor.shape) != shape:

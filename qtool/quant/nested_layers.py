@@ -42,7 +42,8 @@ def windows(
 class NestedLinear(SwitchableLayer, nn.Module):
     """A linear layer with nested weight codes and integer activations: (..., K) to (..., N).
 
-    Buffers: `codes` int8 (N, K), resident at all widths; per weight width `alpha` and `bias`,
+    Buffers: `codes` int8 (N, K), resident at all widths; `low_codes`, the same for 2 bits alone
+    where they have codes of their own, or absent; per weight width `alpha` and `bias`,
     (widths, N); per activation width `input_scale` (widths,) and `input_zero_point` int32
     (widths,), and `input_table` uint8 (widths below 8 bits, 256) or absent.
 
@@ -57,6 +58,7 @@ class NestedLinear(SwitchableLayer, nn.Module):
     """
 
     codes: Tensor
+    low_codes: Tensor | None
     alpha: Tensor
     bias: Tensor
     input_scale: Tensor
@@ -84,6 +86,8 @@ class NestedLinear(SwitchableLayer, nn.Module):
             return torch.zeros(size, dtype=dtype, device=device)
 
         self.register_buffer("codes", empty(rows, self.in_features, dtype=torch.int8))
+        low = empty(rows, self.in_features, dtype=torch.int8) if offer.dedicated else None
+        self.register_buffer("low_codes", low)
         self.register_buffer("alpha", empty(widths, rows))
         self.register_buffer("bias", empty(widths, rows))
         self.register_buffer("input_scale", empty(inputs))
@@ -92,11 +96,16 @@ class NestedLinear(SwitchableLayer, nn.Module):
         levels = empty(narrow, 2**tables.GRID_BITS, dtype=torch.uint8)
         self.register_buffer("input_table", levels if table else None)
 
+    def codes_of(self, bits: int) -> Tensor:
+        """The codes, less 128, whose leading bits are those of a width, int8 (N, K)."""
+        own = self.offer.has_own_codes(bits)
+        return self.low_codes if own and self.low_codes is not None else self.codes
+
     def dequantized_weight(self, bits: int | None = None) -> Tensor:
         """Weights (N, K) as the codes stand for at a width, by default the current one."""
         bits = self.width().weight if bits is None else bits
         scale = self.alpha[self.offer.weight.index(bits)]
-        return nested.code_levels(self.codes, bits=bits) * scale[:, None]
+        return nested.code_levels(self.codes_of(bits), bits=bits) * scale[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantize `x`, multiply with the leading bits of the codes, apply scales and bias."""
@@ -108,9 +117,8 @@ class NestedLinear(SwitchableLayer, nn.Module):
         narrow = self.input_table is not None and spec.activation < tables.GRID_BITS
         table = cast(Tensor, self.input_table)[column] if narrow else None
         levels = self.rows(quantized(x, scale, zero, table, bits=spec.activation), zero)
-        return ops.linear_nested(
-            levels, scale, zero, self.codes, self.alpha[row], self.bias[row], bits=spec.weight
-        )
+        codes, alpha, bias = self.codes_of(spec.weight), self.alpha[row], self.bias[row]
+        return ops.linear_nested(levels, scale, zero, codes, alpha, bias, bits=spec.weight)
 
     def rows(self, levels: Tensor, zero_point: Tensor) -> Tensor:
         """The quantized input as rows that the codes are multiplied with."""

@@ -32,7 +32,8 @@ def round_nested(
 
     Args:
         weight: (N, K).
-        scales: For the first width and every width above it up to 8, the scale of each row (N,).
+        scales: For the first width and every width above it, to 8 or as far as codes matter, the
+            scale of each row (N,).
         moment: Second moment of the layer's inputs, (K, K).
         first: The width that chooses freely.
 
@@ -41,12 +42,12 @@ def round_nested(
     """
     spread = _spread(moment)
     codes: Tensor = torch.zeros_like(weight)
-    for bits in range(first, CODE_BITS + 1):
+    for bits in range(first, max(scales) + 1):
         low, high = (2.0 * codes, 2.0 * codes + 1.0)
         if bits == first:
             low, high = torch.zeros_like(codes), torch.full_like(codes, 2**bits - 1)
         codes = _compensated(weight, scales[bits], spread, low, high, bits=bits)
-    centred: Tensor = codes - 128
+    centred: Tensor = codes * 2 ** (CODE_BITS - max(scales)) - 128
     return centred.to(torch.int8)
 
 

@@ -22,7 +22,7 @@ from qtool.quant.nested_layers import (
 )
 from qtool.quant.plan import LayerPlan, Quantizer, products_quantizers
 from qtool.quant.simulation import SimulatedLayer, SimulatedProducts
-from qtool.quant.widths import Offer, SwitchableLayer
+from qtool.quant.widths import DEDICATED_BITS, Offer, SwitchableLayer
 
 _WINDOW_VALUES = 2**25
 """Most values of windows that are laid out at once: 128 MiB."""
@@ -36,7 +36,7 @@ class SimulatedNested(SwitchableLayer, SimulatedLayer):
 
     Parameters are the weight and, per width, the bias and `gain`, the logarithm of a correction to
     the scales `alpha`. The step of the codes is chosen once, from the weight and the second moment
-    of the layer's inputs.
+    of the layer's inputs. Where 2 bits have codes of their own, `low_weight` snaps to them.
 
     Args:
         source: The float layer; its weights are copied.
@@ -48,6 +48,8 @@ class SimulatedNested(SwitchableLayer, SimulatedLayer):
     """
 
     step: Tensor
+    low_weight: nn.Parameter | None
+    low_step: Tensor | None
     alpha: Tensor
     input_scale: Tensor
     input_zero_point: Tensor
@@ -77,6 +79,9 @@ class SimulatedNested(SwitchableLayer, SimulatedLayer):
         self.gain = nn.Parameter(weight.new_zeros(len(offer.weight), rows))
         self.register_buffer("alpha", weight.new_ones(len(offer.weight), rows))
         self.register_buffer("step", weight.new_ones(rows))
+        low = offer.dedicated
+        self.register_parameter("low_weight", nn.Parameter(weight.clone()) if low else None)
+        self.register_buffer("low_step", weight.new_ones(rows) if low else None)
         self.register_buffer("input_scale", weight.new_ones(len(offer.activation)))
         zeros = weight.new_zeros(len(offer.activation), dtype=torch.int32)
         self.register_buffer("input_zero_point", zeros)
@@ -109,7 +114,7 @@ class SimulatedNested(SwitchableLayer, SimulatedLayer):
         levels = quantizers.activation_levels(
             x, scale, zero, table, bits=spec.activation, unrounded=self.unrounded(x)
         )
-        weights = nested.nested_levels(self.weight, self.step, bits=spec.weight)
+        weights = self._levels(spec.weight)
         scales = self._over_channels(scale * self.scales()[row])
         return self._product(levels, weights) * scales + self._over_channels(self.bias[row])
 
@@ -124,7 +129,7 @@ class SimulatedNested(SwitchableLayer, SimulatedLayer):
         The bias of a width makes up for what its rounding takes from the mean output.
 
         Args:
-            emphasis: Weight of each width in the choice of the step.
+            emphasis: Weight of each nested width in the choice of the step.
             first: The width whose codes are chosen freely, see `nested_rounding`; None rounds to
                 nearest.
         """
@@ -132,26 +137,54 @@ class SimulatedNested(SwitchableLayer, SimulatedLayer):
         moment = x.T @ x / len(x)
         floor = 1e-6 * float(moment.diagonal().mean())
         moment.diagonal().clamp_min_(floor)
-        widths = self.offer.weight
-        factors = [emphasis[bits] for bits in widths]
-        diagonal = moment.diagonal().clone()
-        self.step.copy_(nested.search_step(self.weight, diagonal, widths, factors))
         target = self.weight.detach().clone()
-        if first is not None:
-            scales = {
-                bits: nested.fit_scale(target, self._levels(bits), diagonal)
-                for bits in range(first, nested.CODE_BITS + 1)
-            }
-            codes = nested_rounding.round_nested(target, scales, moment, first=first)
-            # The middle of the code's interval, so that it is what the weight snaps to.
-            self.weight.copy_((codes.float() + 0.5) * 2.0 * self.step[:, None])
+        served = {bits: emphasis[bits] for bits in self.offer.nested}
+        self._code(self.weight, self.step, moment, served, first, nested.CODE_BITS)
+        if self.low_weight is not None and self.low_step is not None:
+            self.low_weight.copy_(target)
+            own = None if first is None else DEDICATED_BITS
+            self._code(
+                self.low_weight, self.low_step, moment, {DEDICATED_BITS: 1.0}, own, DEDICATED_BITS
+            )
         mean = x.mean(dim=0)
-        for row, bits in enumerate(widths):
+        for row, bits in enumerate(self.offer.weight):
             levels = self._levels(bits)
             self.alpha[row] = nested.fit_scale(target, levels, moment)
             lost = target - levels * self.alpha[row][:, None]
             self.bias[row] = self.float_bias + F.linear(mean, lost)
         self.gain.zero_()
+
+    @staticmethod
+    def _code(
+        weight: Tensor,
+        step: Tensor,
+        moment: Tensor,
+        served: Mapping[int, float],
+        first: int | None,
+        last: int,
+    ) -> None:
+        """Choose the step of some codes and move their weight, both in place.
+
+        Args:
+            weight: (N, K).
+            step: (N,).
+            moment: Second moment of the layer's inputs, (K, K).
+            served: The widths that the codes are for, with their weights.
+            first: The width whose codes are chosen freely, or None.
+            last: The widest one.
+        """
+        diagonal = moment.diagonal().clone()
+        step.copy_(nested.search_step(weight, diagonal, list(served), list(served.values())))
+        if first is None:
+            return
+        scales = {
+            bits: nested.fit_scale(weight, nested.nested_levels(weight, step, bits=bits), diagonal)
+            for bits in range(first, last + 1)
+        }
+        codes = nested_rounding.round_nested(weight, scales, moment, first=first)
+        # The middle of the code's interval, so that it is what the weight snaps to.
+        middle = 2.0 ** (nested.CODE_BITS - last) / 2.0
+        weight.copy_((codes.float() + middle) * 2.0 * step[:, None])
 
     def _rows(self) -> Tensor:
         """Inputs seen, as rows (M, K); of many places that a kernel sees, some."""
@@ -166,7 +199,11 @@ class SimulatedNested(SwitchableLayer, SimulatedLayer):
         return rows[:: -(-len(rows) // _MOST_ROWS)]
 
     def _levels(self, bits: int) -> Tensor:
-        return nested.nested_levels(self.weight, self.step, bits=bits)
+        weight, step = self.weight, self.step
+        own = self.offer.has_own_codes(bits)
+        if own and self.low_weight is not None and self.low_step is not None:
+            weight, step = self.low_weight, self.low_step
+        return nested.nested_levels(weight, step, bits=bits)
 
     @torch.no_grad()
     def choose_input(self, bits: int) -> None:
@@ -200,6 +237,9 @@ class SimulatedNested(SwitchableLayer, SimulatedLayer):
         if isinstance(layer, NestedConv2d) and self.geometry is not None:
             layer.geometry = self.geometry
         layer.codes.copy_(nested.nested_codes(self.weight, self.step))
+        if self.low_weight is not None and self.low_step is not None:
+            whole = nested.nested_codes(self.low_weight, self.low_step)
+            layer.low_codes = whole & -(2 ** (nested.CODE_BITS - DEDICATED_BITS))
         layer.alpha.copy_(self.scales())
         for name in ("bias", "input_scale", "input_zero_point"):
             getattr(layer, name).copy_(getattr(self, name))

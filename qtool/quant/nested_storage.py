@@ -103,19 +103,23 @@ def fill(module: nn.Module, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not isinstance(module, NestedLinear):
         raise TypeError(f"{type(module).__name__} is no switchable layer")
     planes = [own[leaf] for leaf in ("p1", "p2", "p3", "p4") if leaf in own]
+    low = [own["d2"]] if module.low_codes is not None else []
     rows, columns = module.shape[0], module.in_features
-    if tuple(planes[0].shape) != (rows, nested.plane_bytes(columns)):
-        raise ValueError(
-            f"{module.name} has planes of shape {tuple(planes[0].shape)}, not those of "
-            f"{rows} rows of {columns} weights"
-        )
+    for plane in (*low, *planes)[:1]:
+        if tuple(plane.shape) != (rows, nested.plane_bytes(columns)):
+            raise ValueError(
+                f"{module.name} has planes of shape {tuple(plane.shape)}, not those of "
+                f"{rows} rows of {columns} weights"
+            )
     state = {
-        "codes": nested.join_planes(planes, columns),
+        "codes": nested.join_planes(planes or low, columns),
         "alpha": own["alpha"].float(),
         "bias": own["delta"].float(),
         "input_scale": own["act"][:, 0].contiguous(),
         "input_zero_point": own["act"][:, 1].int(),
     }
+    if low:
+        state["low_codes"] = nested.join_planes(low, columns) if planes else state["codes"]
     if module.input_table is not None:
         packed = _cut(own["act_table"], module.offer.activation, 1)
         state["input_table"] = torch.stack([unpack_table(part) for part in packed])
@@ -126,6 +130,8 @@ def _linear(module: NestedLinear) -> dict[str, Tensor]:
     planes = nested.split_planes(module.codes)[: nested.planes_for(max(module.offer.weight))]
     act = torch.stack([module.input_scale, module.input_zero_point.float()], dim=1)
     own = {f"p{number + 1}": plane for number, plane in enumerate(planes)}
+    if module.low_codes is not None:
+        own["d2"] = nested.split_planes(module.low_codes)[0]
     own |= {"alpha": module.alpha.half(), "delta": module.bias.half(), "act": act}
     if module.input_table is not None:
         narrow = _narrow(module.offer.activation)

@@ -346,7 +346,8 @@ def _nested(layer: NestedLinear) -> nn.Module:
         cast(Tensor, layer.input_table)[column] if narrow else None,
         bits=spec.activation,
     )
-    levels, scale, offset = code_levels(layer.codes, bits=spec.weight), layer.alpha[row], None
+    levels = code_levels(layer.codes_of(spec.weight), bits=spec.weight)
+    scale, offset = layer.alpha[row], None
     if spec.weight == GRID_BITS:
         # Odd levels -255..255 are 2 q + 1 of whole q -128..127: the 1 is added beside the product.
         levels, scale, offset = (levels - 1) / 2, 2 * scale, scale

@@ -19,6 +19,9 @@ from qtool.quant.bits import BitSpec, parse_width
 Request = int | str | Mapping[str, int | str]
 """A width for all layers, or widths by glob over layer names; see `bits.parse_width`."""
 
+DEDICATED_BITS = 2
+"""The width that may have codes of its own, for it loses most by sharing those of 8 bits."""
+
 _EVERY = ""
 
 
@@ -91,17 +94,29 @@ class Offer:
         activation: Bits of activations, rising.
         planes: Number of 2-bit planes of weights that are there; widths beyond them are not.
         tied: Weights and activations have one width together, as in a network of branches.
+        dedicated: Weights of 2 bits have codes of their own, and need no planes.
     """
 
     weight: tuple[int, ...]
     activation: tuple[int, ...]
     planes: int = 4
     tied: bool = False
+    dedicated: bool = False
 
     @property
     def present(self) -> tuple[int, ...]:
         """The weight bits that the planes reach."""
-        return tuple(bits for bits in self.weight if bits <= 2 * self.planes)
+        reached = max(2 * self.planes, DEDICATED_BITS if self.dedicated else 0)
+        return tuple(bits for bits in self.weight if bits <= reached)
+
+    def has_own_codes(self, bits: int) -> bool:
+        """Whether weights of this width have codes of their own."""
+        return self.dedicated and bits == DEDICATED_BITS
+
+    @property
+    def nested(self) -> tuple[int, ...]:
+        """The weight bits that are leading bits of the 8-bit codes."""
+        return tuple(bits for bits in self.weight if not self.has_own_codes(bits))
 
     def fit(self, name: str, spec: BitSpec) -> BitSpec:
         """The width a layer runs at when `spec` is asked for.
@@ -118,7 +133,8 @@ class Offer:
             spec = BitSpec(spec.weight, self.activation[0])
         if self.weight and spec.weight not in self.present:
             beyond = spec.weight in self.weight
-            reason = f", its weights end after plane p{self.planes}" if beyond else ""
+            last = f"plane p{self.planes}" if self.planes else "those of 2 bits"
+            reason = f", its weights end after {last}" if beyond else ""
             raise UsageError(
                 f"layer {name} cannot run at {spec}{reason}",
                 remedy=f"its weights have {', '.join(map(str, self.present))} bits",

@@ -29,7 +29,7 @@ Ablation = Literal["prefix", "no-distillation", "one-set"]
 _TRAINING_ONLY = ("train", "epochs", "batch_size", "learning_rate", "ablate")
 _CALIBRATION_ONLY = (
     *("data_free", "calib", "synthetic", "count"),
-    *("recipe", "effort", "steps", "budget", "keep", "skip"),
+    *("recipe", "effort", "steps", "budget", "keep", "skip", "dedicated_2bit"),
 )
 
 
@@ -81,6 +81,11 @@ class QuantizeSettings(WriterSettings):
     count: int = Field(default=32, ge=1, description="Number of calibration pictures.")
     steps: int | None = Field(
         default=None, ge=1, description="Optimisation steps; overrides the effort."
+    )
+    dedicated_2bit: bool = Field(
+        default=False,
+        description="Of any: give 2 bits codes of their own, better than those they share with 8; "
+        "a quarter more to store.",
     )
     engine: Engine = Field(
         default="nested",
@@ -159,6 +164,16 @@ class QuantizeSettings(WriterSettings):
         if {"prefix", "one-set"} <= set(self.ablate):
             raise UsageError(
                 "with one-set there are no branches for prefix to choose", remedy="ablate only one"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _dedicated_bits_are_served(self) -> Self:
+        widths = self.switchable or ()
+        if self.dedicated_2bit and (2 not in widths or len(widths) < 2):
+            raise UsageError(
+                f"--dedicated-2bit is for files that run at 2 bits and others, not for {self.bits}",
+                remedy="give --bits any:2-8, or leave it out",
             )
         return self
 

@@ -193,6 +193,46 @@ def test_unused_planes_are_dropped(made, images):
         model.set_bits(6)
 
 
+def test_two_bits_may_have_codes_of_their_own(quantize, demo, images):
+    plain, own = Path("plain.safetensors"), Path("own.safetensors")
+    options = {"bits": "any:2,4,8", "recipe": "paper", "effort": "quick"}
+    quantize(demo, out=plain, **options)
+    result = quantize(demo, out=own, dedicated_2bit=True, **options)
+    assert result.summary["verify"]["max_abs_difference"] == 0.0
+    planes = sum(checkpoint.read_planes(own).plane_bytes.values())
+    assert planes <= own.stat().st_size - plain.stat().st_size < planes + 6000
+    lost = {}
+    for path in (plain, own):
+        with torch.no_grad():
+            whole, low = (load(path)(images, bits=width) for width in (8, 2))
+        lost[path] = float((low - whole).square().mean())
+    assert lost[own] < lost[plain]
+    with torch.no_grad():
+        expected = load(own)(images, bits=2)
+        assert not torch.equal(expected, load(own)(images, bits=4))
+    _, ends = sections(own)
+    for whole, last in ((ends[0], 0), (ends[2], 2)):
+        cut = Path(f"cut{last}.safetensors")
+        cut.write_bytes(own.read_bytes()[:whole])
+        model = load(cut, bits=2)
+        with torch.no_grad():
+            assert torch.equal(model(images), expected)
+        with pytest.raises(UsageError, match=f"end after {'plane p2' if last else 'those of 2 b'}"):
+            model.set_bits(8)
+    small, mixed = Path("small.safetensors"), Path("mixed.safetensors")
+    switch(own, bits="2", out=small, drop_unused=True)
+    assert not checkpoint.read_planes(small).planes
+    switch(own, layers=("*=2", "blocks.1.mlp.fc2=4"), out=mixed, drop_unused=True)
+    assert small.stat().st_size < mixed.stat().st_size < own.stat().st_size - planes
+    with torch.no_grad():
+        assert torch.equal(load(small)(images), expected)
+        wanted = load(own)(images, bits={"*": 2, "blocks.1.mlp.fc2": 4})
+        assert torch.equal(load(mixed)(images), wanted)
+    rows = {row["bits"]: row for row in switch(own, listing=True).summary["rows"]}
+    narrow, wide = (rows[width]["needed_bytes"] for width in ("w2a8", "w4a8"))
+    assert wide - narrow == 2 * planes
+
+
 @pytest.mark.parametrize("budget", ["60%", "size"])
 def test_a_budget_is_kept(made, budget):
     header = checkpoint.read_header(made)

@@ -6,7 +6,10 @@ DATA holds `cifar10/train/CLASS.webp` (sheets of 32x32 tiles), `cifar10/cifar10_
 `weights/cifar10_resnet20.safetensors`. Every variant starts from the same float weights and gets
 the same number of steps and pictures; the learning rate falls to zero over them. The number of
 steps is what fits into `--minutes`, measured first with all processes at work, or `--steps`. Test
-pictures are only measured on, once, after the last step.
+pictures are only measured on, once, after the last step. A CPU has time for few widths and steps:
+
+    python tests/bench/branches.py --data DATA --work cells/ --widths 2,4,6,8 --batch-size 64 \\
+        --steps 160 --minutes 150 --results FILE
 
 Processes share the device, and in each the seeds of a variant take turns on streams of their own.
 Every seed of a variant leaves one JSON file in the work folder; a second run measures only what is
@@ -46,7 +49,6 @@ from qtool.methods.multiquant.selection import select
 from qtool.models import vision
 from qtool.models.residual import residual_layout
 
-WIDTHS = tuple(range(2, 9))
 TILE = 32
 OBSERVED = 64
 MEASURED = 500
@@ -67,7 +69,7 @@ class Variant:
     """What is trained."""
 
     name: str
-    widths: tuple[int, ...] = WIDTHS
+    widths: tuple[int, ...]
     amortized: bool = True
     one_set: bool = False
     distill: bool = True
@@ -86,15 +88,20 @@ ROWS = {
     "prefix": "every width takes the first branches",
     "no-distillation": "labels alone teach",
     "one-set": "one set of weights rounded anew to every width (Any-Precision style), distilled",
-    "dedicated": "the branches of one width trained for it alone, seven trainings",
+    "dedicated": "the branches of one width trained for it alone, one training each",
 }
-VARIANTS = {
-    "amortized": [Variant("amortized")],
-    "prefix": [Variant("prefix", amortized=False)],
-    "no-distillation": [Variant("no-distillation", distill=False)],
-    "one-set": [Variant("one-set", one_set=True)],
-    "dedicated": [Variant(f"dedicated-{width}", (width,)) for width in reversed(WIDTHS)],
-}
+
+
+def variants_of(row: str, widths: tuple[int, ...]) -> list[Variant]:
+    """What is trained for a row."""
+    if row == "dedicated":
+        return [Variant(f"dedicated-{width}", (width,)) for width in reversed(widths)]
+    changes: dict[str, dict[str, bool]] = {
+        "prefix": {"amortized": False},
+        "no-distillation": {"distill": False},
+        "one-set": {"one_set": True},
+    }
+    return [Variant(row, widths, **changes.get(row, {}))]
 
 
 @dataclass(frozen=True)
@@ -128,8 +135,9 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="folder of one file per cell")
     parser.add_argument("--results", type=Path, help="file to write")
-    parser.add_argument("--variant", action="append", choices=VARIANTS, help="all, if not given")
+    parser.add_argument("--variant", action="append", choices=ROWS, help="all, if not given")
     parser.add_argument("--seed", type=int, action="append", help="0, 1 and 2, if not given")
+    parser.add_argument("--widths", type=widths_of, default="2,3,4,5,6,7,8")
     parser.add_argument("--minutes", type=float, default=8.5, help="time for everything")
     parser.add_argument("--steps", type=int, help="steps of every variant; otherwise what fits")
     parser.add_argument("--batch-size", type=int, default=128)
@@ -142,6 +150,11 @@ def read_options() -> argparse.Namespace:
     options.device = choose_device(options.device)
     options.jobs = options.jobs or (6 if options.device.type == "cuda" else 1)
     return options
+
+
+def widths_of(text: str) -> tuple[int, ...]:
+    """Bit-widths with commas between them."""
+    return tuple(sorted({int(width) for width in text.split(",")}))
 
 
 @functools.cache
@@ -248,7 +261,10 @@ def probe(options: argparse.Namespace, plan: Plan) -> tuple[float, float]:
     if _start is None:
         raise RuntimeError("the process was not set up")
     try:
-        lanes = [Lane(options, VARIANTS["amortized"][0], plan, seed) for seed in options.seed]
+        lanes = [
+            Lane(options, variants_of("amortized", options.widths)[0], plan, seed)
+            for seed in options.seed
+        ]
         wait_for(options.device)
         for _ in range(PROBE_WARM_UP):
             for lane in lanes:
@@ -273,7 +289,9 @@ def probe(options: argparse.Namespace, plan: Plan) -> tuple[float, float]:
 
 def difference_from_plain(options: argparse.Namespace, plan: Plan, lane: Lane) -> float:
     """How far the next step of a lane is from that step without replay, over its length."""
-    twin = Lane(options, VARIANTS["amortized"][0], replace(plan, replay=False), lane.seed)
+    twin = Lane(
+        options, variants_of("amortized", options.widths)[0], replace(plan, replay=False), lane.seed
+    )
     state = {name: value.clone() for name, value in lane.trainer.state().items()}
     twin.trainer.load_state(state)
     wait_for(options.device)
@@ -393,7 +411,11 @@ def make_plan(
         if not rates:
             raise SystemExit("no way of training works here")
         best = max(rates, key=lambda way: statistics.mean(rates[way]))
-        together = statistics.mean(rates[best]) * options.jobs * VARIANTS["amortized"][0].passes
+        together = (
+            statistics.mean(rates[best])
+            * options.jobs
+            * variants_of("amortized", options.widths)[0].passes
+        )
         left = deadline - time.time()
         plan = replace(best, steps=max(1, int(MARGIN * left * together / passes)))
     path.write_text(json.dumps(asdict(plan)))
@@ -439,11 +461,12 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
     facts = json.loads((options.work / "float.json").read_text())
     budget = plan | {"pictures_seen": plan["steps"] * plan["batch_size"]}
     budget["epochs"] = round(budget["pictures_seen"] / facts["train_pictures"], 2)
+    widths = len(options.widths)
     rows: dict[str, Any] = {}
     for row, meaning in ROWS.items():
         cells = [
             json.loads(path.read_text())
-            for variant in VARIANTS[row]
+            for variant in variants_of(row, options.widths)
             for seed in options.seed
             if (path := cell_file(options, variant, seed)).exists()
         ]
@@ -454,7 +477,7 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
             top1.setdefault(cell["seed"], {}).update(
                 {int(width): value for width, value in cell["top1"].items()}
             )
-        whole = [statistics.mean(found.values()) for found in top1.values() if len(found) == 7]
+        whole = [statistics.mean(found.values()) for found in top1.values() if len(found) == widths]
         rows[row] = {
             "meaning": meaning,
             "steps": sorted({cell["steps"] for cell in cells}),
@@ -462,11 +485,12 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
             "seconds": sum(cell["seconds"] for cell in cells),
             "top1": {
                 width: spread([found[width] for found in top1.values() if width in found])
-                for width in WIDTHS
+                for width in options.widths
             },
             "mean_over_widths": spread(whole),
         }
-    results = {"model": "CIFAR-10 resnet20", **facts, "budget": budget, "rows": rows}
+    results = {"model": "CIFAR-10 resnet20", **facts, "widths": list(options.widths)}
+    results |= {"budget": budget, "rows": rows}
     if options.results:
         options.results.parent.mkdir(parents=True, exist_ok=True)
         options.results.write_text(json.dumps(results, indent=1) + "\n")
@@ -500,11 +524,12 @@ def print_table(results: dict[str, Any]) -> None:
         f"({budget['epochs']} epochs of {results['train_pictures']}), "
         f"{results['test_pictures']} test pictures, {results['device']}"
     )
-    print(f"| variant | {' | '.join(map(str, WIDTHS))} | mean |")
-    print("| --- |" + " --- |" * (len(WIDTHS) + 1))
+    widths = results["widths"]
+    print(f"| variant | {' | '.join(map(str, widths))} | mean |")
+    print("| --- |" + " --- |" * (len(widths) + 1))
     for name, row in results["rows"].items():
         short = "" if row["steps"] == [budget["steps"]] else f" (cut short: {row['steps']})"
-        values = " | ".join(shown(row["top1"][width]) for width in WIDTHS)
+        values = " | ".join(shown(row["top1"][width]) for width in widths)
         print(f"| {name}{short} | {values} | {shown(row['mean_over_widths'])} |")
 
 
@@ -512,7 +537,8 @@ def main() -> None:
     """Measure what is missing, then print all there is."""
     options = read_options()
     options.work.mkdir(parents=True, exist_ok=True)
-    variants = [v for name in options.variant or VARIANTS for v in VARIANTS[name]]
+    rows = options.variant or ROWS
+    variants = [variant for row in rows for variant in variants_of(row, options.widths)]
     try:
         measure(options, variants)
     except BrokenProcessPool as error:

@@ -20,12 +20,23 @@ def layer(planes=4, *, table=False):
     return own
 
 
-def problem(own, *, planes=4, table=False):
-    return nested.layer_problem(own, WEIGHTS, ACTIVATION, planes=planes, table=table)
+def problem(own, *, planes=4, table=False, dedicated=False):
+    return nested.layer_problem(
+        own, WEIGHTS, ACTIVATION, planes=planes, table=table, dedicated=dedicated
+    )
 
 
 def test_planes_and_bits():
     assert [nested.planes_for(bits) for bits in range(2, 9)] == [1, 2, 2, 3, 3, 4, 4]
+    assert [nested.planes_for(bits, dedicated=True) for bits in range(2, 9)] == [
+        0,
+        2,
+        2,
+        3,
+        3,
+        4,
+        4,
+    ]
     assert [nested.bits_of(planes) for planes in range(1, 5)] == [2, 4, 6, 8]
     assert [nested.plane_of(leaf) for leaf in ("p1", "p4", "p5", "p0", "p12", "q1")] == [
         1, 4, 0, 0, 0, 0,
@@ -37,6 +48,16 @@ def test_planes_and_bits():
 @pytest.mark.parametrize("table", [False, True])
 def test_whole_layers_have_no_problem(planes, table):
     assert problem(layer(planes, table=table), planes=planes, table=table) == ""
+
+
+@pytest.mark.parametrize("planes", [0, 2, 4])
+def test_own_codes_of_two_bits_are_there_if_they_should_be(planes):
+    codes = {"d2": torch.zeros(6, 3, dtype=torch.uint8)}
+    assert problem(layer(planes) | codes, planes=planes, dedicated=True) == ""
+    assert "it has the tensors" in problem(layer(planes), planes=planes, dedicated=True)
+    odd = {"d2": torch.zeros(6, 3)}
+    assert "d2 is float32" in problem(layer(planes) | odd, planes=planes, dedicated=True)
+    assert "it has the tensors" in problem(layer(4) | codes)
 
 
 @pytest.mark.parametrize(

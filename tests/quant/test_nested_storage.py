@@ -1,5 +1,6 @@
 """Tables and layers come back from the form they have in a file."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,11 +24,14 @@ def test_tables_come_back(bits, random):
     assert torch.equal(unpack_table(packed), table)
 
 
-def test_layers_come_back():
-    offer, active = Offer((2, 4, 8), (3, 8)), BitSpec(8, 8)
+@pytest.mark.parametrize("dedicated", [False, True])
+def test_layers_come_back(dedicated):
+    offer, active = Offer((2, 4, 8), (3, 8), dedicated=dedicated), BitSpec(8, 8)
     layer = NestedLinear((5, 10), name="one", offer=offer, active=active, table=True)
     generator = torch.Generator().manual_seed(0)
     layer.codes.copy_(torch.randint(-128, 128, (5, 10), generator=generator))
+    if dedicated:
+        layer.low_codes.copy_(torch.randint(-2, 2, (5, 10), generator=generator) * 64)
     for buffer in (layer.alpha, layer.bias, layer.input_scale):
         buffer.copy_(torch.rand(buffer.shape, generator=generator).half())
     layer.input_zero_point.copy_(torch.tensor([3, 200]))

@@ -55,6 +55,14 @@ def test_branches_need_no_calibration_pictures():
     assert QuantizeSettings.build({**BRANCHES, "bits": "any:8,2,4"}).switchable == (2, 4, 8)
 
 
+@pytest.mark.parametrize("bits", ["w2a8", "any:4-8", "any:2-2", "mixed:3"])
+def test_own_codes_of_two_bits_need_two_bits_and_others(bits):
+    made = {"model": "demo_vit", "data_free": True, "dedicated_2bit": True}
+    with pytest.raises(UsageError, match="--dedicated-2bit is for files"):
+        QuantizeSettings.build({**made, "bits": bits})
+    assert QuantizeSettings.build({**made, "bits": "any:2,4"}).dedicated_2bit
+
+
 def test_a_list_of_widths_names_the_file():
     made = QuantizeSettings.build({**BRANCHES, "bits": "any:2,4,8"})
     assert made.output == Path("resnet20-any2-4-8.safetensors")
@@ -76,6 +84,7 @@ def test_a_list_of_widths_names_the_file():
         ({"onnx": "b.onnx"}, "not exported to ONNX"),
         ({"keep": ("a=8",)}, "--keep is for calibration"),
         ({"skip": ("a",)}, "--skip is for calibration"),
+        ({"dedicated_2bit": True}, "--dedicated-2bit is for calibration"),
         ({"ablate": ("prefix", "one-set")}, "no branches for prefix"),
         ({"ablate": ("everything",)}, "ablate"),
         ({"engine": "nested", "train": None, "data_free": True, "epochs": 3}, "--epochs is for"),

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -127,7 +127,7 @@ def simulate(
                 source,
                 plan,
                 name=name,
-                offer=Offer(offer.weight, (plan.input_bits,)) if sees else offer,
+                offer=replace(offer, activation=(plan.input_bits,)) if sees else offer,
                 table=quantizer == "table" and not sees,
                 pinned=name in pinned,
             )
@@ -279,8 +279,8 @@ def _choose_ranges(
     _observe(name, layers, streams[0], top)
     for layer in layers:
         if isinstance(layer, SimulatedNested):
-            free = _first(layer.offer.weight, config)
-            emphasis = dict.fromkeys(layer.offer.weight, 1.0)
+            free = _first(layer.offer.nested, config)
+            emphasis = dict.fromkeys(layer.offer.nested, 1.0)
             emphasis[free or min(emphasis)] = config.emphasis
             layer.code_weights(emphasis, first=free)
     for bits in sorted({bits for layer in layers for bits in layer.offer.activation}):
@@ -319,7 +319,7 @@ def _train(
     if not linears or config.steps == 0:
         return
     gains = [layer.gain for layer in linears]
-    others = [p for layer in linears for p in (layer.weight, layer.bias)]
+    others = [p for layer in linears for p in layer.parameters() if p is not layer.gain]
     for parameter in (*gains, *others):
         parameter.requires_grad_(True)
     optimizer = torch.optim.Adam([{"params": others}, {"params": gains}])
@@ -329,7 +329,7 @@ def _train(
     unit, kwargs = streams[0].model.get_submodule(name), streams[0].calls[name].kwargs
     power = float(expected.square().mean())
     groups = _halves(streams)
-    first = _first(linears[0].offer.weight, config)
+    first = _first(linears[0].offer.nested, config)
     often = torch.tensor([_how_often(stream.spec, first, config.favour) for stream in streams])
     with dropping(layers, config.drop, seed=config.seed, device=device):
         for step in range(config.steps):
