@@ -16,12 +16,14 @@ from torch import Tensor
 from torch._C._nn import gelu as _gelu
 
 from qtool.engine.cpu import exact, native
+from qtool.engine.cpu.amx import TileLinear
 from qtool.engine.cpu.attention import BLOCK_SCORES
-from qtool.engine.cpu.linear import packed_layer
+from qtool.engine.cpu.linear import Packed, packed_layer
 
 MOST_TOKENS = 16384  # so many products of codes fit int32, as in `contracts.MAX_TERMS`
 MOST_DEPTH = 256  # what `native.c` holds of a row
 LANES = 16  # what its products take at once
+HIDDEN_AT_ONCE = 5 << 18  # bytes of values before GELU for each thread, so that they stay near
 
 
 class Layer(NamedTuple):
@@ -91,10 +93,14 @@ class _Room:
         width: Channels.
         hidden: Channels of the perceptron.
         heads: Attention heads.
+        tiled: Whether values before GELU have a place of their own.
     """
 
-    def __init__(self, batch: int, tokens: int, width: int, hidden: int, heads: int) -> None:
+    def __init__(
+        self, batch: int, tokens: int, width: int, hidden: int, heads: int, *, tiled: bool
+    ) -> None:
         rows, depth = batch * tokens, width // heads
+        self.hidden = torch.empty(rows, hidden) if tiled else None
         self.codes = torch.empty(rows, width, dtype=torch.uint8)
         self.wide_codes = torch.empty(rows, hidden, dtype=torch.uint8)
         flat, wide = self.codes.view(1, 1, rows, width), self.wide_codes.view(1, 1, rows, hidden)
@@ -149,8 +155,8 @@ class _Rooms(threading.local):
         self.of = functools.lru_cache(maxsize=2)(torch.inference_mode(False)(_room))
 
 
-def _room(batch: int, tokens: int, width: int, hidden: int, heads: int) -> _Room:
-    return _Room(batch, tokens, width, hidden, heads)
+def _room(batch: int, tokens: int, width: int, hidden: int, heads: int, tiled: bool) -> _Room:
+    return _Room(batch, tokens, width, hidden, heads, tiled=tiled)
 
 
 _rooms = _Rooms()
@@ -195,6 +201,7 @@ class Program:
             *(out.scale, out.zero, out.table, out.bits), factor=float(p.scale * value.scale)
         )
         self.possible = len(self.layers) == len(layers)
+        self.tiled = all(isinstance(layer, TileLinear) for layer in self.layers)
 
     def takes(self, x: Tensor) -> bool:
         """Whether x is what is expected and its sums fit 32 bits."""
@@ -210,22 +217,34 @@ class Program:
 
     def run(self, x: Tensor) -> Tensor:
         """The block, (B, N, C) to (B, N, C)."""
+        batch, tokens, _ = x.shape
+        threads = torch.get_num_threads()
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        near = threads * HIDDEN_AT_ONCE // (4 * tokens * self.hidden)
+        size = max(1, near) if self.tiled else batch
+        for some in exact.blocks(batch, size):
+            self._run(x[some], y[some], threads)
+        return y
+
+    def _run(self, x: Tensor, y: Tensor, threads: int) -> None:
+        """The block on some pictures, into `y`."""
         batch, tokens, width = x.shape
-        room: _Room = _rooms.of(batch, tokens, width, self.hidden, self.heads)
+        room: _Room = _rooms.of(batch, tokens, width, self.hidden, self.heads, self.tiled)
         qkv, proj, fc1, fc2 = self.layers
-        threads, lib = torch.get_num_threads(), native.library()
+        lib = native.library()
         codes, wide = room.codes.data_ptr(), room.wide_codes.data_ptr()
 
         self._norm(x, 0, codes, room, threads)
-        self._attend(qkv.product(room.codes), codes, room, threads)
-        x = x + proj.product(room.codes).view(batch, tokens, width)
-        self._norm(x, 1, codes, room, threads)
-        hidden = fc1.product(room.codes)
+        self._attend(qkv, codes, room, threads)
+        proj.product(room.codes, added=x, out=y)
+        self._norm(y, 1, codes, room, threads)
+        hidden = fc1.product(room.codes, out=room.hidden)
         _gelu(hidden, out=hidden)  # type: ignore[call-arg]
         lib.qtool_codes(
             hidden.data_ptr(), wide, room.over_wide_rows, self.inputs[3], 1, 0, 0, threads
         )
-        return x.add_(fc2.product(room.wide_codes).view(batch, tokens, width))
+        fc2.product(room.wide_codes, added=y, out=y)
 
     def _norm(self, x: Tensor, number: int, codes: int, room: _Room, threads: int) -> None:
         """Codes of the normalised `x` for the layer behind the first or second norm."""
@@ -235,9 +254,10 @@ class Program:
             values.data_ptr(), codes, room.over_rows, self.inputs[2 * number], 1, 0, 0, threads
         )
 
-    def _attend(self, qkv: Tensor, codes: int, room: _Room, threads: int) -> None:
-        """Queries, keys and values (B * N, 3 C) to the codes (B * N, C) at an address."""
-        lib, source = native.library(), qkv.data_ptr()
+    def _attend(self, qkv: Packed | TileLinear, codes: int, room: _Room, threads: int) -> None:
+        """The codes of normalised values, at an address, to those of attended ones, in place."""
+        lib = native.library()
+        projected = None if isinstance(qkv, TileLinear) else qkv.product(room.codes)
         tokens, width, depth = room.tokens, self.width, self.width // self.heads
         operands, step = room.operands.data_ptr(), room.operands.stride(0)
         keys, values = operands + step, operands + 2 * step
@@ -246,9 +266,13 @@ class Program:
         query_zero, key_zero, value_zero = self.zeros
         for some in room.parts:
             views = room.views[some.stop - some.start]
-            first = source + 4 * some.start * tokens * 3 * width
-            target = codes + some.start * tokens * width
-            lib.qtool_codes(first, operands, views.from_qkv, self.operands, 3, width, step, threads)
+            rows = slice(some.start * tokens, some.stop * tokens)
+            target = codes + rows.start * width
+            if isinstance(qkv, TileLinear):
+                qkv.codes(room.codes[rows], operands, views.from_qkv, self.operands, step)
+            elif projected is not None:
+                first, go = projected[rows].data_ptr(), views.from_qkv
+                lib.qtool_codes(first, operands, go, self.operands, 3, width, step, threads)
             lib.qtool_scores(
                 *(operands, keys, scores, views.matrices, tokens, depth),
                 *(query_zero, key_zero, self.score_scale, packed, columns, threads),

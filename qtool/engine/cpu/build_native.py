@@ -1,4 +1,4 @@
-"""Compiles `native.c` while the package is built; without a C compiler the package does without."""
+"""Compiles the C passes while the package is built; without a compiler the package does without."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 FOLDER = Path("qtool/engine/cpu")
+SOURCES = ("native.c", "amx.c")
 # Fused or reordered floating-point operations would change codes.
 FLAGS = ("-O3", "-std=c11", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno")
 VARIANTS = (("-fno-trapping-math", "-fopenmp"), ("-fopenmp",), ())
@@ -25,7 +26,7 @@ class CustomBuildHook(BuildHookInterface[Any]):
             return
         root = Path(self.root)
         library = root / FOLDER / "_native.so"
-        if not compiled(root / FOLDER / "native.c", library):
+        if not compiled(root / FOLDER, library):
             self.app.display_warning("no C compiler: qtool will run on PyTorch alone, slower")
             return
         platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
@@ -34,14 +35,15 @@ class CustomBuildHook(BuildHookInterface[Any]):
         build_data["tag"] = f"py3-none-{platform}"
 
 
-def compiled(source: Path, library: Path, *more: str) -> bool:
-    """Compile a shared library, with more flags if given, and tell whether that went well."""
+def compiled(folder: Path, library: Path, *more: str) -> bool:
+    """Compile a folder's sources, with more flags if given, and tell whether that went well."""
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if compiler is None:
         return False
     fresh = library.with_name(f"{library.name}.tmp")
     for extra in VARIANTS:
-        command = [compiler, *FLAGS, *extra, *more, str(source), "-o", str(fresh), "-lm"]
+        sources = [str(folder / name) for name in SOURCES]
+        command = [compiler, *FLAGS, *extra, *more, *sources, "-o", str(fresh), "-lm"]
         if subprocess.run(command, capture_output=True, check=False).returncode == 0:
             fresh.replace(library)
             return True

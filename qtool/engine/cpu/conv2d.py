@@ -11,13 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qtool.engine.cpu import exact
+from qtool.engine.cpu.amx import TileLinear
 from qtool.engine.cpu.exact import EXACT_SUM, blocks
 from qtool.engine.cpu.linear import (
     Packed,
+    PackedWeight,
     both_scales,
     float_levels,
     int8_levels,
+    layer_of,
     no_zeros,
+    pack_levels,
 )
 from qtool.engine.geometry import cuts_patches
 from qtool.engine.resident import derived
@@ -47,8 +51,7 @@ def conv2d(
             levels = derived(_patch_packing(weight_bits, shape), weight, weight_zero)
             if levels is not None:
                 scale = derived(both_scales, weight_scale, x_scale)
-                layer = Packed(levels, scale, no_zeros(len(scale)), bias, int(x_zero))
-                return _over_patches(x, layer, kernel)
+                return _over_patches(x, layer_of(levels, scale, bias, int(x_zero)), kernel)
         geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
         packing = _packing(weight_bits, shape, *geometry)
         if (packed := derived(packing, weight, weight_zero, x_zero)) is not None:
@@ -80,7 +83,7 @@ def conv2d(
     return y if bias is None else y.add_(bias.view(-1, 1, 1))
 
 
-def _over_patches(x: Tensor, layer: Packed, kernel: Sequence[int]) -> Tensor:
+def _over_patches(x: Tensor, layer: Packed | TileLinear, kernel: Sequence[int]) -> Tensor:
     """A layer over patches of (B, C, H, W); what is left over at the edges stays unread."""
     down, across = kernel
     rows, columns = x.shape[2] // down, x.shape[3] // across
@@ -91,16 +94,16 @@ def _over_patches(x: Tensor, layer: Packed, kernel: Sequence[int]) -> Tensor:
 
 
 @functools.cache
-def _patch_packing(bits: int, shape: tuple[int, ...]) -> Callable[[Tensor, Tensor], Tensor | None]:
+def _patch_packing(
+    bits: int, shape: tuple[int, ...]
+) -> Callable[[Tensor, Tensor], PackedWeight | None]:
     """Lays weights out for patches whose channels lie side by side."""
 
-    def pack(weight: Tensor, weight_zero: Tensor) -> Tensor | None:
+    def pack(weight: Tensor, weight_zero: Tensor) -> PackedWeight | None:
         levels = int8_levels(weight, weight_zero, bits, math.prod(shape[1:]))
         if levels is None:
             return None
-        levels = levels.view(shape).permute(0, 2, 3, 1).reshape(shape[0], -1)
-        packed: Tensor = torch.ops.onednn.qlinear_prepack(levels, None)
-        return packed
+        return pack_levels(levels.view(shape).permute(0, 2, 3, 1).reshape(shape[0], -1))
 
     return pack
 

@@ -1,9 +1,9 @@
 """Fast CPU versions of linear layers.
 
-With int8 units a layer whose parameters are per tensor runs as one oneDNN product that applies
-scales and bias while its sums are in registers; its weights are laid out for that once. Other
-layers take `torch._int_mm` in blocks of rows, or float32 whose sums stay exact where
-`torch._int_mm` is a plain loop.
+With int8 units a layer whose parameters are per tensor runs as one product, on matrix tiles or by
+oneDNN, that applies scales and bias while its sums are in registers; its weights are laid out for
+that once. Other layers take `torch._int_mm` in blocks of rows, or float32 whose sums stay exact
+where `torch._int_mm` is a plain loop.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qtool.engine.cpu import amx, exact
 from qtool.engine.cpu import codes as quantizers
-from qtool.engine.cpu import exact
 from qtool.engine.cpu.packing import unpack_codes
 from qtool.engine.resident import derived
 
@@ -104,8 +104,10 @@ class Packed(NamedTuple):
     bias: Tensor | None
     zero: int
 
-    def product(self, codes: Tensor) -> Tensor:
-        """The layer on codes (M, K), float32 (M, N)."""
+    def product(
+        self, codes: Tensor, *, added: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """The layer on codes (M, K), plus `added` if given, float32 (M, N), or in `out`."""
         y: Tensor = torch.ops.onednn.qlinear_pointwise(
             codes,
             1.0,
@@ -121,7 +123,11 @@ class Packed(NamedTuple):
             [],
             "",
         )
-        return y
+        if out is None:
+            return y if added is None else y.add_(added.view_as(y))
+        if added is None:
+            return out.copy_(y.view_as(out))
+        return torch.add(added.view_as(out), y.view_as(out), out=out)
 
 
 def packed_layer(
@@ -133,13 +139,33 @@ def packed_layer(
     bias: Tensor | None,
     weight_bits: int,
     in_features: int,
-) -> Packed | None:
-    """A layer laid out for oneDNN, or None where it takes another way."""
+) -> Packed | amx.TileLinear | None:
+    """A layer laid out for tiles or for oneDNN, or None where it takes another way."""
     packed = _packed(x_scale, x_zero, weight, weight_zero, weight_bits, in_features)
     if packed is None:
         return None
-    scale = derived(both_scales, weight_scale, x_scale)
-    return Packed(packed, scale, no_zeros(len(scale)), bias, int(x_zero))
+    return layer_of(packed, derived(both_scales, weight_scale, x_scale), bias, int(x_zero))
+
+
+PackedWeight = amx.TilePanels | Tensor
+"""Weights in panels for tiles, or in oneDNN's own layout."""
+
+
+def pack_levels(levels: Tensor) -> PackedWeight:
+    """Levels int8 (N, K) as this CPU multiplies them best."""
+    if amx.takes(levels.shape[1]):
+        return amx.laid_out(levels)
+    packed: Tensor = torch.ops.onednn.qlinear_prepack(levels, None)
+    return packed
+
+
+def layer_of(
+    packed: PackedWeight, scale: Tensor, bias: Tensor | None, zero: int
+) -> Packed | amx.TileLinear:
+    """A layer of packed weights; see `amx.TileLinear` for the arguments."""
+    if isinstance(packed, amx.TilePanels):
+        return amx.TileLinear(packed, scale, bias, zero)
+    return Packed(packed, scale, no_zeros(len(scale)), bias, zero)
 
 
 def both_scales(weight_scale: Tensor, x_scale: Tensor) -> Tensor:
@@ -160,21 +186,18 @@ def _packed(
     weight_zero: Tensor,
     weight_bits: int,
     in_features: int,
-) -> Tensor | None:
-    """The weight as oneDNN wants it, or None where the layer takes another way."""
+) -> PackedWeight | None:
+    """The weight as tiles or oneDNN want it, or None where the layer takes another way."""
     if not exact.has_int8_units() or x_scale.numel() != 1 or x_zero.numel() != 1:
         return None
     return derived(_packing(weight_bits, in_features), weight, weight_zero)
 
 
 @functools.cache
-def _packing(bits: int, in_features: int) -> Callable[[Tensor, Tensor], Tensor | None]:
-    def pack(weight: Tensor, weight_zero: Tensor) -> Tensor | None:
+def _packing(bits: int, in_features: int) -> Callable[[Tensor, Tensor], PackedWeight | None]:
+    def pack(weight: Tensor, weight_zero: Tensor) -> PackedWeight | None:
         levels = int8_levels(weight, weight_zero, bits, in_features)
-        if levels is None:
-            return None
-        packed: Tensor = torch.ops.onednn.qlinear_prepack(levels, None)
-        return packed
+        return None if levels is None else pack_levels(levels)
 
     return pack
 

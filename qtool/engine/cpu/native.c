@@ -8,38 +8,11 @@
  * each of 64 lanes, so that 64 lookups take a handful of instructions. Which version runs is decided
  * when the library is loaded.
  */
-#include <math.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <string.h>
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(QTOOL_PLAIN)
-#include <immintrin.h>
-#define X86 1
-#define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define X86 0
-#define CLONES
-#endif
+#include "native.h"
 
 #define FEW 32768 /* elements below which a second thread costs more than it saves */
 #define RUN 64     /* rows that a thread takes at once */
 #define CHUNK 256  /* values of a row that the stack holds */
-
-/* Four dimensions: their sizes, and the strides of the first three in source and target. */
-typedef struct {
-    int64_t size[4];
-    int64_t from[3];
-    int64_t to[3];
-} Walk;
-
-/* Values are multiplied by `factor` first. Powers of two have neither zero point nor table. With
- * `flip` 128 instead of 0 codes are signed, less 128. */
-typedef struct {
-    float factor, scale, zero, top;
-    const uint8_t *table;
-    int32_t powers, flip;
-} Quantizer;
 
 typedef void (*CodesOfRow)(const float *x, uint8_t *out, int64_t length, const Quantizer *quantizer);
 
@@ -64,26 +37,6 @@ static void codes_plain(const float *restrict x, uint8_t *restrict out, int64_t 
 }
 
 #if X86
-#define VBMI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi")))
-
-/* Sixteen codes. The product with 1 / scale rounds to the same integer as the quotient unless it
- * lies within their common error of a half; only then is the division made. */
-VBMI static inline __m128i sixteen_codes(__m512 x, __m512 scale, __m512 inverse, __m512 zero,
-                                         __m512 top)
-{
-    const __m512 half = _mm512_set1_ps(0.5f), slack = _mm512_set1_ps(5e-7f);
-    __m512 ratio = _mm512_mul_ps(x, inverse);
-    __m512 level = _mm512_roundscale_ps(ratio, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m512 distance = _mm512_abs_ps(_mm512_sub_ps(ratio, level));
-    __m512 bound = _mm512_fnmadd_ps(_mm512_abs_ps(ratio), slack, half);
-    if (_mm512_cmp_ps_mask(distance, bound, _CMP_NLT_UQ)) {
-        ratio = _mm512_div_ps(x, scale);
-        level = _mm512_roundscale_ps(ratio, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    }
-    level = _mm512_max_ps(_mm512_add_ps(level, zero), _mm512_setzero_ps());
-    return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_min_ps(level, top)));
-}
-
 VBMI static void codes_vbmi(const float *restrict x, uint8_t *restrict out, int64_t length,
                             const Quantizer *quantizer)
 {
@@ -156,39 +109,6 @@ static void powers_of_row(const float *x, float *out, int64_t length, const Quan
         field = field < one ? field : one;
         power.bits = field < least ? 0 : field;
         out[i] = power.value;
-    }
-}
-
-static inline int64_t rows_of(const Walk *walk)
-{
-    return walk->size[0] * walk->size[1] * walk->size[2];
-}
-
-/* Goes over the rows of a walk: where one begins in source and target. */
-typedef struct {
-    int64_t index[3];
-    int64_t from, to;
-} Place;
-
-static inline Place place_of(const Walk *walk, int64_t row)
-{
-    const int64_t third = row % walk->size[2], others = row / walk->size[2];
-    const int64_t second = others % walk->size[1], first = others / walk->size[1];
-    return (Place){{first, second, third},
-                   first * walk->from[0] + second * walk->from[1] + third * walk->from[2],
-                   first * walk->to[0] + second * walk->to[1] + third * walk->to[2]};
-}
-
-static inline void step(const Walk *walk, Place *place)
-{
-    for (int axis = 2; axis >= 0; axis--) {
-        place->from += walk->from[axis];
-        place->to += walk->to[axis];
-        if (++place->index[axis] < walk->size[axis] || axis == 0)
-            return;
-        place->from -= walk->size[axis] * walk->from[axis];
-        place->to -= walk->size[axis] * walk->to[axis];
-        place->index[axis] = 0;
     }
 }
 
@@ -322,18 +242,31 @@ VNNI static void scores_of_rows(const uint8_t *queries, int64_t rows, const int3
 }
 
 /* Values of a head, four tokens side by side in every column, zeros past the last one. */
-static void pack_values(const int8_t *values, int8_t *packed, int32_t *columns, int64_t tokens,
-                        int64_t width, int32_t zero)
+VNNI static void pack_values(const int8_t *values, int8_t *packed, int32_t *columns, int64_t tokens,
+                             int64_t width, int32_t zero)
 {
-    const int64_t groups = (tokens + 3) / 4;
-    for (int64_t i = 0; i < width; i++)
-        columns[i] = 0;
-    for (int64_t token = 0; token < 4 * groups; token++)
-        for (int64_t i = 0; i < width; i++) {
-            const int8_t value = token < tokens ? values[token * width + i] : 0;
-            packed[(token / 4 * width + i) * 4 + token % 4] = value;
-            columns[i] -= zero * value;
+    const __m512i ones = _mm512_set1_epi8(1), minus_zero = _mm512_set1_epi32(-zero);
+    for (int64_t column = 0; column < width; column += LANES) {
+        __m512i sums = _mm512_setzero_si512();
+        for (int64_t token = 0; token < tokens; token += 4) {
+            __m128i row[4];
+            for (int i = 0; i < 4; i++)
+                row[i] = token + i < tokens ? _mm_loadu_si128((const __m128i *)(
+                                                  values + (token + i) * width + column))
+                                            : _mm_setzero_si128();
+            const __m128i low = _mm_unpacklo_epi8(row[0], row[1]);
+            const __m128i low_next = _mm_unpacklo_epi8(row[2], row[3]);
+            const __m128i high = _mm_unpackhi_epi8(row[0], row[1]);
+            const __m128i high_next = _mm_unpackhi_epi8(row[2], row[3]);
+            __m512i four = _mm512_castsi128_si512(_mm_unpacklo_epi16(low, low_next));
+            four = _mm512_inserti32x4(four, _mm_unpackhi_epi16(low, low_next), 1);
+            four = _mm512_inserti32x4(four, _mm_unpacklo_epi16(high, high_next), 2);
+            four = _mm512_inserti32x4(four, _mm_unpackhi_epi16(high, high_next), 3);
+            _mm512_storeu_si512(packed + (token * width + column * 4), four);
+            sums = _mm512_dpbusd_epi32(sums, ones, four);
         }
+        _mm512_storeu_si512(columns + column, _mm512_mullo_epi32(sums, minus_zero));
+    }
 }
 
 /* Attended values of up to ROWS tokens, LANES columns at a time. */

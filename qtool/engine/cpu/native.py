@@ -1,4 +1,4 @@
-"""The compiled passes of `native.c`, where the installation could build them.
+"""The compiled passes of `native.c` and `amx.c`, where the installation could build them.
 
 They are optional: without a C compiler at install time `library()` is None, and the same codes come
 out of PyTorch in more passes.
@@ -42,6 +42,20 @@ class Quantizer(ctypes.Structure):
     kept: Tensor | None = None
 
 
+class TileLayer(ctypes.Structure):
+    """A linear layer on matrix tiles; see `amx.c`."""
+
+    _fields_ = (
+        ("panels", ctypes.c_void_p),
+        ("sums", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("depth", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("zero", ctypes.c_int32),
+    )
+
+
 @functools.cache
 def library() -> Any:  # noqa: ANN401  (a CDLL, or None)
     """The library, or None; PyTorch is loaded before it, so that both share one pool of threads."""
@@ -52,6 +66,12 @@ def library() -> Any:  # noqa: ANN401  (a CDLL, or None)
         found.qtool_codes.argtypes = (*(pointer, pointer, go, how), *(step, step, step, number))
         found.qtool_powers.argtypes = (pointer, step, step, how, number)
         found.qtool_widen.argtypes = (pointer, pointer, go, real, number)
+        if found.qtool_has_tiles():
+            layer = ctypes.POINTER(TileLayer)
+            found.qtool_tile_values.argtypes = (layer, pointer, step, pointer, pointer, number)
+            found.qtool_tile_codes.argtypes = (
+                *(layer, pointer, step, pointer, go, how, step, step, number),
+            )
         if found.qtool_has_products():
             found.qtool_scores.argtypes = (
                 *(pointer, pointer, pointer, step, step, step),
@@ -70,6 +90,12 @@ def multiplies_codes() -> bool:
     """Whether the products of attention were compiled and run here (x86 with AVX-512 VNNI)."""
     found = library()
     return found is not None and bool(found.qtool_has_products())
+
+
+def has_tiles() -> bool:
+    """Whether linear layers on matrix tiles were compiled and run here (x86 with AMX on Linux)."""
+    found = library()
+    return found is not None and bool(found.qtool_has_tiles())
 
 
 @functools.lru_cache(maxsize=4096)

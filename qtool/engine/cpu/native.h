@@ -1,0 +1,89 @@
+/* What the compiled passes share: places in tensors, quantizers. */
+#ifndef QTOOL_NATIVE_H
+#define QTOOL_NATIVE_H
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(QTOOL_PLAIN)
+#include <immintrin.h>
+#define X86 1
+#define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define X86 0
+#define CLONES
+#endif
+
+/* Four dimensions: their sizes, and the strides of the first three in source and target. */
+typedef struct {
+    int64_t size[4];
+    int64_t from[3];
+    int64_t to[3];
+} Walk;
+
+/* Values are multiplied by `factor` first. Powers of two have neither zero point nor table. With
+ * `flip` 128 instead of 0 codes are signed, less 128. */
+typedef struct {
+    float factor, scale, zero, top;
+    const uint8_t *table;
+    int32_t powers, flip;
+} Quantizer;
+
+static inline int64_t rows_of(const Walk *walk)
+{
+    return walk->size[0] * walk->size[1] * walk->size[2];
+}
+
+/* Goes over the rows of a walk: where one begins in source and target. */
+typedef struct {
+    int64_t index[3];
+    int64_t from, to;
+} Place;
+
+static inline Place place_of(const Walk *walk, int64_t row)
+{
+    const int64_t third = row % walk->size[2], others = row / walk->size[2];
+    const int64_t second = others % walk->size[1], first = others / walk->size[1];
+    return (Place){{first, second, third},
+                   first * walk->from[0] + second * walk->from[1] + third * walk->from[2],
+                   first * walk->to[0] + second * walk->to[1] + third * walk->to[2]};
+}
+
+static inline void step(const Walk *walk, Place *place)
+{
+    for (int axis = 2; axis >= 0; axis--) {
+        place->from += walk->from[axis];
+        place->to += walk->to[axis];
+        if (++place->index[axis] < walk->size[axis] || axis == 0)
+            return;
+        place->from -= walk->size[axis] * walk->from[axis];
+        place->to -= walk->size[axis] * walk->to[axis];
+        place->index[axis] = 0;
+    }
+}
+
+#if X86
+#define VBMI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi")))
+
+/* Sixteen codes. The product with 1 / scale rounds to the same integer as the quotient unless it
+ * lies within their common error of a half; only then is the division made. */
+VBMI static inline __m128i sixteen_codes(__m512 x, __m512 scale, __m512 inverse, __m512 zero,
+                                         __m512 top)
+{
+    const __m512 half = _mm512_set1_ps(0.5f), slack = _mm512_set1_ps(5e-7f);
+    __m512 ratio = _mm512_mul_ps(x, inverse);
+    __m512 level = _mm512_roundscale_ps(ratio, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m512 distance = _mm512_abs_ps(_mm512_sub_ps(ratio, level));
+    __m512 bound = _mm512_fnmadd_ps(_mm512_abs_ps(ratio), slack, half);
+    if (_mm512_cmp_ps_mask(distance, bound, _CMP_NLT_UQ)) {
+        ratio = _mm512_div_ps(x, scale);
+        level = _mm512_roundscale_ps(ratio, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    }
+    level = _mm512_max_ps(_mm512_add_ps(level, zero), _mm512_setzero_ps());
+    return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_min_ps(level, top)));
+}
+#endif
+
+#endif
