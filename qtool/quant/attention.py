@@ -113,22 +113,30 @@ class _TakesOver(nn.Module):
             self.projected_scale, self.operand_zero_point, self.operand_table, bits
         )
 
-    def take_codes(self) -> bool:
-        """Let `qkv` end in codes, if everything here is quantized; tell whether it does."""
-        plain = all(
+    def is_plain(self) -> bool:
+        """Whether there are no norms in here."""
+        return all(
             isinstance(getattr(self, name, None), (nn.Identity, NoneType)) for name in _NORMS
         )
+
+    def as_projected(self, scale: Tensor) -> Tensor:
+        """Scales (3,) of queries, keys and values as `qkv` gives them.
+
+        Queries are quantized after their scaling, which the quantizer of `qkv` takes over.
+        """
+        return scale / scale.new_tensor([self.scale, 1.0, 1.0])
+
+    def take_codes(self) -> bool:
+        """Let `qkv` end in codes, if everything here is quantized; tell whether it does."""
         layers = all(type(layer) is QuantLinear for layer in (self.qkv, self.proj))
-        if not (plain and layers and type(self.products) is IntegerProducts):
+        if not (self.is_plain() and layers and type(self.products) is IntegerProducts):
             return False
         operands = self.products.operands()
-        # Queries are quantized after their scaling, which the quantizer of `qkv` takes over.
-        factor = operands.scale.new_tensor([self.scale, 1.0, 1.0])
         for name, parameter in (
             ("operand_scale", operands.scale),
             ("operand_zero_point", operands.zero_point),
             ("operand_table", operands.table),
-            ("projected_scale", operands.scale / factor),
+            ("projected_scale", self.as_projected(operands.scale)),
         ):
             self.register_buffer(name, parameter, persistent=False)
         cast(QuantLinear, self.qkv).feeds = Feeds(self._operand_quantizers)

@@ -9,17 +9,23 @@ up to codes whose values lie next to the middle between two.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from qtool.engine import dispatch, ops
-from qtool.engine.cpu.block import Block, Layer, Norm, Operand, Program
+from qtool.engine.cpu.block import Block, Layer, NestedLayer, Norm, Operand, Program
 from qtool.engine.resident import versions_of
 from qtool.quant.attention import QuantAttention, QuantWindowAttention
+from qtool.quant.bits import BitSpec
 from qtool.quant.layers import Feeds, IntegerProducts, QuantLinear
+from qtool.quant.nested_layers import NestedLinear, NestedProducts
 from qtool.quant.plan import replace_module
+from qtool.quant.widths import SwitchableLayer
+
+_MOST_PROGRAMS = 64
+"""Choices of widths that a block remembers at a time."""
 
 
 class QuantLayerNorm(nn.Module):
@@ -50,26 +56,26 @@ class QuantLayerNorm(nn.Module):
         )
 
 
-class QuantBlock(nn.Module):
-    """A transformer block of integer layers as in ViT and DeiT: (B, N, C) to (B, N, C).
+class _WholeBlock(nn.Module):
+    """A transformer block as in ViT and DeiT, (B, N, C) to (B, N, C), that may run as one program.
 
-    A CPU with int8 units runs it as one program. Elsewhere its layers run one by one and add what
-    goes around them; with hooks they run as in the float block. The result is the same.
+    A CPU with int8 units runs it as one program. Elsewhere its layers run one by one; with hooks
+    they run as in the float block. The result is the same.
 
     Args:
-        source: The block, whose layers hand codes to one another already.
+        source: The block, whose layers are integer.
     """
 
     attn: QuantAttention
-    norm1: QuantLayerNorm
-    norm2: QuantLayerNorm
+    norm1: nn.Module
+    norm2: nn.Module
     mlp: nn.Module
 
     def __init__(self, source: nn.Module) -> None:
         super().__init__()
         for name, child in source.named_children():
             self.add_module(name, child)
-        self._program: tuple[Program, list[Tensor], tuple[int, ...] | None] | None = None
+        self._programs: dict[tuple[BitSpec, ...], _Made] = {}
         self._hooks: list[dict[int, Any]] | None = None
 
     def forward(
@@ -77,17 +83,22 @@ class QuantBlock(nn.Module):
     ) -> Tensor:
         """Attend, then perceive, each added to what came in."""
         if attn_mask is not None or is_causal or torch.compiler.is_compiling() or self._watched():
-            x = x + self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
-            out: Tensor = x + self.mlp(self.norm2(x))
-            return out
+            return self._plain(x, attn_mask, is_causal)
         if dispatch.runs_whole_blocks(x.device):
             program = self._made()
             if program.takes(x):
                 return program.run(x)
-        x = self.attn(self.norm1(x), residual=x)
-        hidden = self.mlp.get_submodule("fc1")(self.norm2(x))
-        out = self.mlp.get_submodule("fc2")(hidden, x)
+        return self._by_layers(x)
+
+    def _plain(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        """As the float block does it."""
+        x = x + self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
+        out: Tensor = x + self.mlp(self.norm2(x))
         return out
+
+    def _by_layers(self, x: Tensor) -> Tensor:
+        """Layer by layer."""
+        return self._plain(x, None, False)
 
     def _watched(self) -> bool:
         """Whether someone wants to see what a layer inside takes or returns."""
@@ -96,31 +107,27 @@ class QuantBlock(nn.Module):
         return any(self._hooks)
 
     def _made(self) -> Program:
-        """The program, made anew where a tensor was written to."""
-        if self._program is not None:
-            program, tensors, versions = self._program
-            if versions_of(tensors) == versions:
-                return program
+        """The program for the widths at hand, made anew where a tensor was written to."""
+        widths = self._widths()
+        if (made := self._programs.get(widths)) is not None:
+            if versions_of(made.tensors) == made.versions:
+                return made.program
+            self._programs.clear()
+        if len(self._programs) >= _MOST_PROGRAMS:
+            self._programs.clear()
         tensors = [*self.parameters(), *self.buffers()]
-        self._program = (Program(self._parameters_of_block()), tensors, versions_of(tensors))
-        return self._program[0]
+        program = Program(self._parameters_of_block())
+        self._programs[widths] = _Made(program, tensors, versions_of(tensors))
+        return program
 
-    def _apply(self, *arguments: Any, **options: Any) -> Self:  # noqa: ANN401
-        self._program = None
-        super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
-        return self
-
-    def _load_from_state_dict(self, *arguments: object, **options: object) -> None:
-        self._program = None
-        super()._load_from_state_dict(*arguments, **options)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles make their own program."""
-        return {**self.__dict__, "_program": None, "_hooks": None}
+    def _widths(self) -> tuple[BitSpec, ...]:
+        """The widths of its layers, where they have several."""
+        return ()
 
     def _parameters_of_block(self) -> Block:
-        attn = self.attn
-        products = cast(IntegerProducts, attn.products)
+        """What the program is made of."""
+        products = self._products()
+        operands = products.operands()
         p_scale, p_zero = products.parameters_of("probability")
         powers = products.probabilities == "log2"
 
@@ -129,8 +136,8 @@ class QuantBlock(nn.Module):
 
         return Block(
             norms=(_norm(self.norm1), _norm(self.norm2)),
-            qkv=_layer(attn.qkv),
-            projected=attn.projected_scale,
+            qkv=self._layer(self.attn.qkv),
+            projected=self.attn.as_projected(operands.scale),
             operands=(operand("query"), operand("key"), operand("value")),
             probability=Operand(
                 p_scale,
@@ -138,10 +145,92 @@ class QuantBlock(nn.Module):
                 products.table_of("probability"),
                 products.bits,
             ),
-            proj=_layer(attn.proj),
-            fc1=_layer(self.mlp.get_submodule("fc1")),
-            fc2=_layer(self.mlp.get_submodule("fc2")),
-            heads=attn.num_heads,
+            proj=self._layer(self.attn.proj),
+            fc1=self._layer(self.mlp.get_submodule("fc1")),
+            fc2=self._layer(self.mlp.get_submodule("fc2")),
+            heads=self.attn.num_heads,
+        )
+
+    def _products(self) -> IntegerProducts:
+        """The products of attention at the width at hand."""
+        return cast(IntegerProducts, self.attn.products)
+
+    def _layer(self, module: nn.Module) -> Layer | NestedLayer:
+        """A linear layer at the width at hand."""
+        linear = cast(QuantLinear, module)
+        return Layer(
+            linear.weight_packed,
+            linear.weight_scale,
+            linear.weight_zero_point,
+            linear.bias,
+            linear.weight_bits,
+            linear.in_features,
+            *linear.input_quantizer(),
+        )
+
+    def _apply(self, *arguments: Any, **options: Any) -> Self:  # noqa: ANN401
+        self._programs.clear()
+        super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
+        return self
+
+    def _load_from_state_dict(self, *arguments: object, **options: object) -> None:
+        self._programs.clear()
+        super()._load_from_state_dict(*arguments, **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles make their own programs."""
+        return {**self.__dict__, "_programs": {}, "_hooks": None}
+
+
+class _Made(NamedTuple):
+    """A program with the tensors it was made of and the state they were in."""
+
+    program: Program
+    tensors: list[Tensor]
+    versions: tuple[int, ...] | None
+
+
+class QuantBlock(_WholeBlock):
+    """A block of integer layers that hand codes to one another already."""
+
+    def _by_layers(self, x: Tensor) -> Tensor:
+        """Layers add what goes around them."""
+        x = self.attn(self.norm1(x), residual=x)
+        hidden = self.mlp.get_submodule("fc1")(self.norm2(x))
+        out: Tensor = self.mlp.get_submodule("fc2")(hidden, x)
+        return out
+
+
+class NestedBlock(_WholeBlock):
+    """A block of switchable layers, with a program for every choice of widths it has run at."""
+
+    def __init__(self, source: nn.Module) -> None:
+        super().__init__(source)
+        self._switched: list[SwitchableLayer] = []
+
+    def _widths(self) -> tuple[BitSpec, ...]:
+        if not self._switched:
+            self._switched = [m for m in self.modules() if isinstance(m, SwitchableLayer)]
+        return tuple(layer.width() for layer in self._switched)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies look for their own layers."""
+        return {**super().__getstate__(), "_switched": []}
+
+    def _products(self) -> IntegerProducts:
+        products = cast(NestedProducts, self.attn.products)
+        return products.at(products.width().activation)
+
+    def _layer(self, module: nn.Module) -> NestedLayer:
+        linear = cast(NestedLinear, module)
+        spec = linear.width()
+        row = linear.offer.weight.index(spec.weight)
+        return NestedLayer(
+            linear.codes_of(spec.weight),
+            linear.alpha[row],
+            linear.bias[row],
+            spec.weight,
+            *linear.input_quantizer(spec.activation),
         )
 
 
@@ -151,31 +240,26 @@ def hooks_inside(module: nn.Module) -> list[dict[int, Any]]:
     return [hooks for m in inside for hooks in (m._forward_hooks, m._forward_pre_hooks)]
 
 
-def _norm(module: QuantLayerNorm) -> Norm:
-    return Norm(module.weight, module.bias, module.eps)
+def _norm(module: nn.Module) -> Norm:
+    norm = cast(nn.LayerNorm, module)  # or a `QuantLayerNorm`, which has the same
+    return Norm(norm.weight, norm.bias, norm.eps)
 
 
-def _layer(module: nn.Module) -> Layer:
-    linear = cast(QuantLinear, module)
-    return Layer(
-        linear.weight_packed,
-        linear.weight_scale,
-        linear.weight_zero_point,
-        linear.bias,
-        linear.weight_bits,
-        linear.in_features,
-        *linear.input_quantizer(),
+def _is_block(module: nn.Module) -> bool:
+    """Whether a module is timm's plain transformer block."""
+    parts = dict(module.named_children())
+    between = ("ls1", "drop_path1", "ls2", "drop_path2")
+    return type(module).__name__ == "Block" and all(
+        isinstance(parts.get(name), nn.Identity) for name in between
     )
 
 
 def _is_whole(block: nn.Module) -> bool:
-    """Whether a block is timm's plain one and all its layers are integer and hand on codes."""
+    """Whether all layers of a plain block are integer and hand on codes."""
     parts = dict(block.named_children())
-    between = ("ls1", "drop_path1", "ls2", "drop_path2")
     attention, mlp = parts.get("attn"), parts.get("mlp")
     return (
-        type(block).__name__ == "Block"
-        and all(isinstance(parts.get(name), nn.Identity) for name in between)
+        _is_block(block)
         and isinstance(parts.get("norm1"), QuantLayerNorm)
         and isinstance(parts.get("norm2"), QuantLayerNorm)
         and isinstance(attention, QuantAttention)
@@ -220,3 +304,41 @@ def fuse(
     for name, module in list(model.named_modules()):
         if name and _is_whole(module):
             replace_module(model, name, QuantBlock(module))
+
+
+def fuse_nested(
+    model: nn.Module,
+    *,
+    norms: Iterable[tuple[str, str]],
+    gelus: Iterable[tuple[str, str, str]],
+) -> None:
+    """Let whole blocks of a loaded switchable model run as one program, in place.
+
+    Args:
+        model: A model of switchable layers, in evaluation mode.
+        norms: As `fuse` takes them.
+        gelus: As `fuse` takes them.
+    """
+    feeds, ends = set(norms), {(before, after) for before, _, after in gelus}
+    for name, module in list(model.named_modules()):
+        attention, first = f"{name}.attn", f"{name}.mlp.fc1"
+        if (
+            name
+            and _is_block(module)
+            and {(f"{name}.norm1", f"{attention}.qkv"), (f"{name}.norm2", first)} <= feeds
+            and (first, f"{name}.mlp.fc2") in ends
+            and _is_switchable(module)
+        ):
+            replace_module(model, name, NestedBlock(module))
+
+
+def _is_switchable(block: nn.Module) -> bool:
+    """Whether all layers of a plain block are switchable."""
+    attention = block.get_submodule("attn")
+    linears = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    return (
+        isinstance(attention, QuantAttention)
+        and attention.is_plain()
+        and type(attention.products) is NestedProducts
+        and all(type(block.get_submodule(name)) is NestedLinear for name in linears)
+    )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qtool.engine import ops
 from qtool.quant import nested, tables
 from qtool.quant.bits import BitSpec
-from qtool.quant.layers import Geometry, IntegerProducts, quantized
+from qtool.quant.layers import CodeQuantizer, Geometry, IntegerProducts, quantized
 from qtool.quant.plan import Quantizer, products_quantizers
 from qtool.quant.widths import Offer, SwitchableLayer
 
@@ -111,14 +111,21 @@ class NestedLinear(SwitchableLayer, nn.Module):
         """Quantize `x`, multiply with the leading bits of the codes, apply scales and bias."""
         spec = self.width()
         row = self.offer.weight.index(spec.weight)
-        column = self.offer.activation.index(spec.activation)
-        scale = self.input_scale[column : column + 1]
-        zero = self.input_zero_point[column : column + 1]
-        narrow = self.input_table is not None and spec.activation < tables.GRID_BITS
-        table = cast(Tensor, self.input_table)[column] if narrow else None
-        levels = self.rows(quantized(x, scale, zero, table, bits=spec.activation), zero)
+        scale, zero, table, bits = self.input_quantizer(spec.activation)
+        levels = self.rows(quantized(x, scale, zero, table, bits=bits), zero)
         codes, alpha, bias = self.codes_of(spec.weight), self.alpha[row], self.bias[row]
         return ops.linear_nested(levels, scale, zero, codes, alpha, bias, bits=spec.weight)
+
+    def input_quantizer(self, bits: int) -> CodeQuantizer:
+        """How what comes in is quantized at a width of activations."""
+        column = self.offer.activation.index(bits)
+        narrow = self.input_table is not None and bits < tables.GRID_BITS
+        return CodeQuantizer(
+            self.input_scale[column : column + 1],
+            self.input_zero_point[column : column + 1],
+            cast(Tensor, self.input_table)[column] if narrow else None,
+            bits,
+        )
 
     def rows(self, levels: Tensor, zero_point: Tensor) -> Tensor:
         """The quantized input as rows that the codes are multiplied with."""

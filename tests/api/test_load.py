@@ -348,13 +348,15 @@ def test_convnext_hands_codes_on(convolutional, quantize, images, family):
 
 
 @pytest.mark.parametrize("recipe", ["paper", "strong"])
-@pytest.mark.parametrize("missing", ["int8 units", "compiled passes"])
+@pytest.mark.parametrize("missing", ["int8 units", "compiled passes", "tiles"])
 def test_a_lesser_cpu_computes_the_same(monkeypatch, quantize, demo, images, recipe, missing):
     quantize(demo, bits="w4a4", out="q.safetensors", recipe=recipe)
     with torch.no_grad():
         expected = load("q.safetensors")(images)
         if missing == "int8 units":
             monkeypatch.setattr(exact, "has_int8_units", lambda: False)
+        elif missing == "tiles":
+            monkeypatch.setattr(native, "has_tiles", lambda: False)
         else:
             monkeypatch.setattr(native, "library", lambda: None)
         dispatch._cpu_runs_whole_blocks.cache_clear()
@@ -363,7 +365,8 @@ def test_a_lesser_cpu_computes_the_same(monkeypatch, quantize, demo, images, rec
                 assert torch.equal(load("q.safetensors")(images), expected)
         finally:
             dispatch._cpu_runs_whole_blocks.cache_clear()
-    assert dispatch.WHOLE_BLOCK not in decisions
+    whole = missing == "tiles" and dispatch._cpu_runs_whole_blocks()
+    assert (dispatch.WHOLE_BLOCK in decisions) == whole
 
 
 whole_blocks = pytest.mark.skipif(

@@ -1,7 +1,9 @@
 """One file for all widths: made, cut, switched, measured."""
 
+import copy
 import hashlib
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +15,12 @@ from qtool.api import evaluate as evaluate_api
 from qtool.api.load import load
 from qtool.api.runtime import read_picture
 from qtool.api.switch_bits import switch_bits
+from qtool.engine import dispatch
 from qtool.errors import CheckpointError, UsageError
 from qtool.io import checkpoint, folders
 from qtool.io.container import read_table
 from qtool.models import vision
+from qtool.quant.fusion import NestedBlock
 from qtool.quant.widths import bits
 from qtool.settings.evaluate import EvaluateSettings
 from qtool.settings.switch_bits import SwitchBitsSettings
@@ -191,6 +195,39 @@ def test_unused_planes_are_dropped(made, images):
         assert torch.equal(model(images, bits=4), load(made)(images, bits=4))
     with pytest.raises(UsageError, match="plane p2"):
         model.set_bits(6)
+
+
+@pytest.mark.parametrize("request_", [8, "w4a4", {"*": 3, "blocks.1.mlp.*": "w6a5"}], ids=str)
+def test_blocks_run_whole_and_give_what_their_layers_give(made, images, request_):
+    model = load(made)
+    blocks = [m for m in model.modules() if isinstance(m, NestedBlock)]
+    assert len(blocks) == 2
+    with torch.no_grad():
+        with dispatch.trace() as decisions:
+            whole = model(images, bits=request_)
+        runs = dispatch.runs_whole_blocks(torch.device("cpu"))
+        assert (dispatch.WHOLE_BLOCK in decisions) == runs
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(blocks[0]))):
+            assert not any(m._programs for m in copied.modules() if isinstance(m, NestedBlock))
+        hooks = [block.attn.register_forward_hook(lambda *_: None) for block in blocks]
+        with dispatch.trace() as decisions:
+            assert torch.equal(model(images, bits=request_), whole)
+        assert dispatch.WHOLE_BLOCK not in decisions
+        for hook in hooks:
+            hook.remove()
+        with dispatch.use_backend("reference"):
+            assert torch.equal(model(images, bits=request_), whole)
+
+
+def test_a_block_that_was_written_to_is_another_one(made, images):
+    model = load(made)
+    with torch.no_grad():
+        before = model(images)
+        model.get_submodule("blocks.0.mlp.fc1").alpha.mul_(1.5)
+        after = model(images)
+        assert not torch.equal(before, after)
+        with dispatch.use_backend("reference"):
+            assert torch.equal(model(images), after)
 
 
 def test_two_bits_may_have_codes_of_their_own(quantize, demo, images):

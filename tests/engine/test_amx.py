@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtool.engine import dispatch, ops
+from qtool.engine import dispatch, ops, resident
 from qtool.engine.cpu import amx, native
+from qtool.engine.cpu.linear import nested_layer
 
 pytestmark = pytest.mark.skipif(
     not (native.has_tiles() and amx.are_exact()), reason="this CPU has no matrix tiles"
@@ -104,6 +105,24 @@ def test_codes_are_those_of_the_values(pictures, tokens, heads, depth, table, th
                 expected = ops.quantize_table(part, step, zero, own)
         assert len(expected.unique()) > 3
         assert torch.equal(found, expected ^ 128 if number else expected)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_leading_bits_of_nested_codes_are_multiplied(bits, threads, draw):
+    x, weight = draw.codes(37, 192), (draw.codes(45, 192).int() - 128).to(torch.int8)
+    arguments = (draw.scales(1), draw.zeros(1), weight, draw.scales(45), draw.floats(45))
+    torch.set_num_threads(threads)
+    results = []
+    for backend in ("reference", "cpu"):
+        with dispatch.use_backend(backend):
+            results.append(ops.linear_nested(x, *arguments, bits=bits))
+    assert torch.equal(*results)
+    panels = resident.derived(amx.laid_out, weight).panels
+    assert resident.derived(amx.laid_out, weight).panels is panels  # one layout for all widths
+    lesser = nested_layer(*arguments, bits)
+    assert lesser is not None
+    assert lesser.layer.panels == panels.data_ptr()
 
 
 def test_other_depths_go_elsewhere(monkeypatch):

@@ -43,6 +43,21 @@ def test_linear_has_the_bits_of_a_float_simulation(bits, per_token, draw):
 
 
 @pytest.mark.usefixtures("exact_int8_products")
+@pytest.mark.parametrize("bits", [2, 4, 7, 8])
+def test_nested_codes_need_no_tiles(monkeypatch, bits, draw):
+    monkeypatch.setattr(native, "has_tiles", lambda: False)
+    x, weight = draw.codes(37, 192), (draw.codes(45, 192).int() - 128).to(torch.int8)
+    arguments = (draw.scales(1), draw.zeros(1), weight, draw.scales(45), draw.floats(45))
+    layer = linear.nested_layer(*arguments, bits)
+    assert (layer is None) == (bits == 8 or not exact.has_int8_units())
+    results = []
+    for backend in ("reference", "cpu"):
+        with dispatch.use_backend(backend):
+            results.append(ops.linear_nested(x, *arguments, bits=bits))
+    assert torch.equal(*results)
+
+
+@pytest.mark.usefixtures("exact_int8_products")
 def test_rows_are_taken_in_blocks(draw):
     rows = linear.BLOCK_ROWS + 3
     x, weight = draw.codes(rows, 5), draw.codes(3, 5)

@@ -1,4 +1,5 @@
-/* Linear layers on the matrix tiles of x86 (AMX): uint8 codes times int8 levels.
+/* Linear layers on the matrix tiles of x86 (AMX): uint8 codes times int8 levels, or times the odd
+ * levels 2 h + 1 of the leading bits h of nested codes.
  *
  * Weights lie in panels of 32 columns; a panel holds, for every 64 inputs, two tiles of 16 columns:
  * sixteen rows of four inputs side by side for each column. Sums are exact integers; what follows
@@ -20,13 +21,14 @@
 #endif
 
 /* A layer. `sums` are those of the levels of each column; without a bias it is NULL. `depth` is a
- * multiple of 64 and at most MOST_DEPTH; `width`, the columns, is any number. */
+ * multiple of 64 and at most MOST_DEPTH; `width`, the columns, is any number. Nested codes lose
+ * `shift` bits. */
 typedef struct {
     const int8_t *panels;
     const int32_t *sums;
     const float *scale, *bias;
     int64_t depth, width;
-    int32_t zero;
+    int32_t zero, shift;
 } TileLayer;
 
 #if AMX
@@ -39,12 +41,14 @@ typedef struct {
 #define MOST_DEPTH 8192
 #define CACHED (512 * 1024) /* bytes of codes that stay near while panels pass */
 
-/* Where results go: float32 rows, with another matrix added or not, or codes. Codes of `parts` equal
+/* Where results go: float32 rows, with another matrix added or not, or codes. `row_sums`, those of
+ * the codes of each row, are there for nested levels, and NULL for others. Codes of `parts` equal
  * parts of the columns, each with a quantizer, lie `apart` elements from one another, each as told
  * by a walk over (pictures, heads, tokens, columns of a head). */
 typedef struct {
     float *values;
     const float *added;
+    int32_t *row_sums;
     uint8_t *codes;
     const Walk *walk;
     const Quantizer *quantizers;
@@ -97,9 +101,14 @@ TILES static inline void columns_of(const TileLayer *layer, int64_t first, Colum
         layer->bias ? _mm512_maskz_loadu_ps(inside, layer->bias + first) : _mm512_setzero_ps();
 }
 
-TILES static inline __m512 value_of(const int32_t *sums, const Columns *columns, int biased)
+TILES static inline __m512 value_of(const int32_t *sums, const Columns *columns, int biased,
+                                    const int32_t *row_sum)
 {
-    const __m512i sum = _mm512_add_epi32(_mm512_load_si512(sums), columns->offset);
+    __m512i sum = _mm512_add_epi32(_mm512_load_si512(sums), columns->offset);
+    if (row_sum) { /* 2 h + 1: the product with h once more, and the codes themselves */
+        sum = _mm512_add_epi32(sum, _mm512_load_si512(sums));
+        sum = _mm512_add_epi32(sum, _mm512_set1_epi32(*row_sum));
+    }
     const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), columns->scale);
     return biased ? _mm512_add_ps(value, columns->bias) : value;
 }
@@ -113,8 +122,10 @@ TILES static inline void store_values(const int32_t *sums, int64_t row, int64_t 
     const float *added = target->added ? target->added + place : NULL;
     float *values = target->values + place;
     const __mmask16 inside = columns->inside;
+    const int32_t *row_sums = target->row_sums ? target->row_sums + row : NULL;
     for (int64_t i = 0; i < rows; i++) {
-        __m512 value = value_of(sums + i * BLOCK, columns, layer->bias != NULL);
+        const int32_t *row_sum = row_sums ? row_sums + i : NULL;
+        __m512 value = value_of(sums + i * BLOCK, columns, layer->bias != NULL, row_sum);
         if (added)
             value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(inside, added + i * width));
         _mm512_mask_storeu_ps(values + i * width, inside, value);
@@ -138,7 +149,8 @@ TILES static inline void store_codes(const int32_t *sums, int64_t row, int64_t r
     const __m512 factor = _mm512_set1_ps(quantizer->factor);
     __m128i found[FEW]; /* rows behind the last one are sums of something, and not stored */
     for (int i = 0; i < FEW; i++) {
-        const __m512 value = value_of(sums + i * BLOCK, columns, layer->bias != NULL);
+        const int32_t *row_sum = target->row_sums ? target->row_sums + row + i % rows : NULL;
+        const __m512 value = value_of(sums + i * BLOCK, columns, layer->bias != NULL, row_sum);
         found[i] = sixteen_codes(_mm512_mul_ps(value, factor), scale, inverse, zero, top);
     }
     __m512i codes = _mm512_castsi128_si512(found[0]);
@@ -187,6 +199,29 @@ TILES static inline void finish(Pending *pending, int until, const TileLayer *la
     }
 }
 
+/* The leading bits of a panel's codes: an arithmetic shift of bytes. */
+TILES static void shift_panel(const int8_t *panel, int8_t *out, int64_t bytes, int32_t shift)
+{
+    const __m512i flip = _mm512_set1_epi8((char)128), middle = _mm512_set1_epi8((char)(128 >> shift));
+    const __m512i kept = _mm512_set1_epi8((char)(255 >> shift));
+    const __m128i by = _mm_cvtsi32_si128(shift);
+    for (int64_t i = 0; i < bytes; i += LINE) {
+        const __m512i whole = _mm512_xor_si512(_mm512_loadu_si512(panel + i), flip);
+        const __m512i leading = _mm512_and_si512(_mm512_srl_epi16(whole, by), kept);
+        _mm512_storeu_si512(out + i, _mm512_sub_epi8(leading, middle));
+    }
+}
+
+/* The sum of the codes of a row. */
+TILES static int32_t sum_of_row(const uint8_t *codes, int64_t depth)
+{
+    __m512i sums = _mm512_setzero_si512();
+    for (int64_t i = 0; i < depth; i += LINE)
+        sums = _mm512_add_epi64(
+            sums, _mm512_sad_epu8(_mm512_loadu_si512(codes + i), _mm512_setzero_si512()));
+    return (int32_t)_mm512_reduce_add_epi64(sums);
+}
+
 /* Some rows and panels, by one thread. `tail` holds the last rows, made sixteen. */
 TILES static void multiply(const TileLayer *layer, const uint8_t *codes, const uint8_t *tail,
                            int64_t whole, int64_t first_row, int64_t last_row, int64_t first_panel,
@@ -195,6 +230,7 @@ TILES static void multiply(const TileLayer *layer, const uint8_t *codes, const u
     const int64_t depth = layer->depth, steps = depth / STEP;
     const int64_t most = CACHED / depth / BLOCK * BLOCK + BLOCK;
     Pending both[2] __attribute__((aligned(LINE)));
+    int8_t shifted[layer->shift ? steps * PAIR : 1];
     Pending *before = both, *now = both + 1;
     before->next = UNITS;
     configure();
@@ -207,6 +243,10 @@ TILES static void multiply(const TileLayer *layer, const uint8_t *codes, const u
             int64_t lines = (PAIR / LINE + blocks - 1) / blocks;
             if (panel + 1 == last_panel || start > first_row)
                 lines = 0;
+            if (layer->shift) {
+                shift_panel(levels, shifted, steps * PAIR, layer->shift);
+                levels = shifted;
+            }
             for (int64_t row = start; row < end; row += BLOCK) {
                 const uint8_t *above = row < whole ? codes + row * depth : tail;
                 const uint8_t *below = row + SIDE < whole ? codes + (row + SIDE) * depth : tail;
@@ -256,6 +296,11 @@ static void multiply_all(const TileLayer *layer, const uint8_t *codes, int64_t r
     const int64_t row_blocks = (rows + BLOCK - 1) / BLOCK;
 #pragma omp parallel num_threads(threads)
     {
+        if (target->row_sums) {
+#pragma omp for
+            for (int64_t row = 0; row < rows; row++)
+                target->row_sums[row] = sum_of_row(codes + row * layer->depth, layer->depth);
+        }
 #ifdef _OPENMP
         const int64_t all = omp_get_num_threads(), thread = omp_get_thread_num();
 #else
@@ -290,21 +335,22 @@ int qtool_has_tiles(void)
     return syscall(SYS_arch_prctl, 0x1023, 18) == 0; /* ARCH_REQ_XCOMP_PERM, XTILEDATA */
 }
 
-/* float32 (rows, width), with another such matrix added unless it is NULL. */
+/* float32 (rows, width), with another such matrix added unless it is NULL. Nested codes need room
+ * for as many row sums. */
 void qtool_tile_values(const TileLayer *layer, const uint8_t *codes, int64_t rows,
-                       const float *added, float *out, int threads)
+                       int32_t *row_sums, const float *added, float *out, int threads)
 {
-    const Target target = {.values = out, .added = added};
+    const Target target = {.values = out, .added = added, .row_sums = row_sums};
     multiply_all(layer, codes, rows, &target, threads);
 }
 
 /* Codes of the values; the walk's last size is a multiple of 16, rows are pictures by tokens. */
-void qtool_tile_codes(const TileLayer *layer, const uint8_t *codes, int64_t rows, uint8_t *out,
-                      const Walk *walk, const Quantizer *quantizers, int64_t parts, int64_t apart,
-                      int threads)
+void qtool_tile_codes(const TileLayer *layer, const uint8_t *codes, int64_t rows,
+                      int32_t *row_sums, uint8_t *out, const Walk *walk,
+                      const Quantizer *quantizers, int64_t parts, int64_t apart, int threads)
 {
-    const Target target = {.codes = out, .walk = walk, .quantizers = quantizers, .parts = parts,
-                           .apart = apart};
+    const Target target = {.codes = out, .row_sums = row_sums, .walk = walk,
+                           .quantizers = quantizers, .parts = parts, .apart = apart};
     multiply_all(layer, codes, rows, &target, threads);
 }
 #else

@@ -63,13 +63,22 @@ class TileLinear:
     """A linear layer from codes to float32 or to codes.
 
     Args:
-        weight: Its weights.
+        weight: Its weights; of nested codes with the sums of the levels 2 h + 1.
         scale: Scale of the input times that of each channel, (N,).
         bias: (N,) or None.
         zero: Zero point of the input codes.
+        nested_bits: Leading bits of nested codes that count; None for levels as they are.
     """
 
-    def __init__(self, weight: TilePanels, scale: Tensor, bias: Tensor | None, zero: int) -> None:
+    def __init__(
+        self,
+        weight: TilePanels,
+        scale: Tensor,
+        bias: Tensor | None,
+        zero: int,
+        nested_bits: int | None = None,
+    ) -> None:
+        self.nested = nested_bits is not None
         bias = None if bias is None else bias.contiguous()
         self.kept = (weight, scale, bias)  # as long as their addresses are in use
         self.width, self.depth = len(scale), weight.panels.shape[1] * STEP
@@ -81,18 +90,20 @@ class TileLinear:
             self.depth,
             self.width,
             zero,
+            0 if nested_bits is None else 8 - nested_bits,
         )
 
     def product(
         self, codes: Tensor, *, added: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:
         """The layer on codes (M, K), plus `added` if given; all contiguous, float32 (M, N)."""
-        rows = len(codes)
+        rows, row_sums = len(codes), self._room(codes)
         y = codes.new_empty(rows, self.width, dtype=torch.float32) if out is None else out
         native.library().qtool_tile_values(
             self.layer,
             codes.data_ptr(),
             rows,
+            None if row_sums is None else row_sums.data_ptr(),
             None if added is None else added.data_ptr(),
             y.data_ptr(),
             torch.get_num_threads(),
@@ -117,7 +128,13 @@ class TileLinear:
             quantizers: One for each part.
             apart: Elements from one part to the next.
         """
+        row_sums = self._room(codes)
         native.library().qtool_tile_codes(
-            *(self.layer, codes.data_ptr(), len(codes), target, walk, quantizers),
-            *(len(quantizers), apart, torch.get_num_threads()),
+            *(self.layer, codes.data_ptr(), len(codes)),
+            None if row_sums is None else row_sums.data_ptr(),
+            *(target, walk, quantizers, len(quantizers), apart, torch.get_num_threads()),
         )
+
+    def _room(self, codes: Tensor) -> Tensor | None:
+        """Room for the sums of rows that nested levels need."""
+        return codes.new_empty(len(codes), dtype=torch.int32) if self.nested else None

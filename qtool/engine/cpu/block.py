@@ -18,7 +18,7 @@ from torch._C._nn import gelu as _gelu
 from qtool.engine.cpu import exact, native
 from qtool.engine.cpu.amx import TileLinear
 from qtool.engine.cpu.attention import BLOCK_SCORES
-from qtool.engine.cpu.linear import Packed, packed_layer
+from qtool.engine.cpu.linear import Packed, nested_layer, packed_layer
 
 MOST_TOKENS = 16384  # so many products of codes fit int32, as in `contracts.MAX_TERMS`
 MOST_DEPTH = 256  # what `native.c` holds of a row
@@ -39,6 +39,24 @@ class Layer(NamedTuple):
     zero: Tensor
     table: Tensor | None
     bits: int
+
+
+class NestedLayer(NamedTuple):
+    """The same with nested codes; arguments of `qtool.engine.ops.linear_nested`."""
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor
+    weight_bits: int
+    scale: Tensor
+    zero: Tensor
+    table: Tensor | None
+    bits: int
+
+    @property
+    def in_features(self) -> int:
+        """Inputs, K."""
+        return self.weight.shape[1]
 
 
 class Norm(NamedTuple):
@@ -74,13 +92,13 @@ class Block(NamedTuple):
     """
 
     norms: tuple[Norm, Norm]
-    qkv: Layer
+    qkv: Layer | NestedLayer
     projected: Tensor
     operands: tuple[Operand, Operand, Operand]
     probability: Operand
-    proj: Layer
-    fc1: Layer
-    fc2: Layer
+    proj: Layer | NestedLayer
+    fc1: Layer | NestedLayer
+    fc2: Layer | NestedLayer
     heads: int
 
 
@@ -162,6 +180,17 @@ def _room(batch: int, tokens: int, width: int, hidden: int, heads: int, tiled: b
 _rooms = _Rooms()
 
 
+def _packed(layer: Layer | NestedLayer) -> Packed | TileLinear | None:
+    """A layer laid out for this CPU, or None where it takes another way."""
+    if isinstance(layer, NestedLayer):
+        shared = (layer.weight, layer.weight_scale, layer.bias, layer.weight_bits)
+        return nested_layer(layer.scale, layer.zero, *shared)
+    return packed_layer(
+        *(layer.scale, layer.zero, layer.weight, layer.weight_scale, layer.weight_zero),
+        *(layer.bias, layer.weight_bits, layer.in_features),
+    )
+
+
 class Program:
     """A block made ready for this CPU.
 
@@ -176,13 +205,7 @@ class Program:
         self.inputs = [
             native.quantizer(layer.scale, layer.zero, layer.table, layer.bits) for layer in layers
         ]
-        found = [
-            packed_layer(
-                *(layer.scale, layer.zero, layer.weight, layer.weight_scale, layer.weight_zero),
-                *(layer.bias, layer.weight_bits, layer.in_features),
-            )
-            for layer in layers
-        ]
+        found = [_packed(layer) for layer in layers]
         self.layers = [layer for layer in found if layer is not None]
         query, key, value = block.operands
         self.quantizers = [

@@ -316,9 +316,12 @@ def linear_nested(
     bits: int,
 ) -> Tensor:
     """Linear layer with the leading bits of its weight; see `qtool.engine.ops.linear_nested`."""
+    codes = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    layer = nested_layer(x_scale, x_zero, weight, weight_scale, bias, bits)
+    if layer is not None and len(codes):
+        return layer.product(codes.contiguous()).view(*x.shape[:-1], len(weight))
     shifted = weight >> (8 - bits)
     x_zero = x_zero.reshape(-1, 1)
-    codes = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if exact.has_int8_units():
         sums = _int8_level_sums(codes, x_zero, shifted)
     else:
@@ -326,6 +329,49 @@ def linear_nested(
         sums = _float_sums(codes, x_zero, levels, 2**bits - 1)
     y = _in_blocks(sums, len(codes), x_scale.reshape(-1, 1), weight_scale, bias)
     return y.view(*x.shape[:-1], len(weight))
+
+
+def nested_layer(
+    x_scale: Tensor,
+    x_zero: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+) -> Packed | amx.TileLinear | None:
+    """A layer of nested codes laid out for this CPU, or None where it takes another way.
+
+    On tiles all widths share one layout. For oneDNN each has its own, and 8 bits have none: their
+    levels do not fit a byte.
+    """
+    fits = weight.numel() and x_scale.numel() == 1 and x_zero.numel() == 1
+    if not (fits and exact.has_int8_units()):
+        return None
+    scale, zero = both_scales(weight_scale, x_scale), int(x_zero)
+    if amx.takes(weight.shape[1]):
+        panels = derived(amx.laid_out, weight).panels
+        sums = derived(_level_sums(bits), weight)
+        return amx.TileLinear(amx.TilePanels(panels, sums), scale, bias, zero, bits)
+    if bits == 8:
+        return None
+    return layer_of(derived(_level_packing(bits), weight), scale, bias, zero)
+
+
+@functools.cache
+def _level_packing(bits: int) -> Callable[[Tensor], PackedWeight]:
+    def pack(weight: Tensor) -> PackedWeight:
+        return pack_levels((weight >> (8 - bits)).mul_(2).add_(1))
+
+    return pack
+
+
+@functools.cache
+def _level_sums(bits: int) -> Callable[[Tensor], Tensor]:
+    def sums(weight: Tensor) -> Tensor:
+        leading = weight >> (8 - bits)
+        return leading.sum(1, dtype=torch.int32).mul_(2).add_(weight.shape[1])
+
+    return sums
 
 
 def _int8_level_sums(codes: Tensor, x_zero: Tensor, shifted: Tensor) -> Callable[[slice], Tensor]:

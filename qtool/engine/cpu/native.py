@@ -53,6 +53,7 @@ class TileLayer(ctypes.Structure):
         ("depth", ctypes.c_int64),
         ("width", ctypes.c_int64),
         ("zero", ctypes.c_int32),
+        ("shift", ctypes.c_int32),
     )
 
 
@@ -68,10 +69,9 @@ def library() -> Any:  # noqa: ANN401  (a CDLL, or None)
         found.qtool_widen.argtypes = (pointer, pointer, go, real, number)
         if found.qtool_has_tiles():
             layer = ctypes.POINTER(TileLayer)
-            found.qtool_tile_values.argtypes = (layer, pointer, step, pointer, pointer, number)
-            found.qtool_tile_codes.argtypes = (
-                *(layer, pointer, step, pointer, go, how, step, step, number),
-            )
+            shared = (layer, pointer, step, pointer)
+            found.qtool_tile_values.argtypes = (*shared, pointer, pointer, number)
+            found.qtool_tile_codes.argtypes = (*shared, pointer, go, how, step, step, number)
         if found.qtool_has_products():
             found.qtool_scores.argtypes = (
                 *(pointer, pointer, pointer, step, step, step),
