@@ -129,7 +129,8 @@ class SimulatedNested(SwitchableLayer, SimulatedLayer):
         The bias of a width makes up for what its rounding takes from the mean output.
 
         Args:
-            emphasis: Weight of each nested width in the choice of the step.
+            emphasis: Weight of each width in the choice of the step; of 2 bits too where they have
+                codes of their own, for the narrow range they ask for serves 3 and 4 bits as well.
             first: The width whose codes are chosen freely, see `nested_rounding`; None rounds to
                 nearest.
         """
@@ -138,8 +139,7 @@ class SimulatedNested(SwitchableLayer, SimulatedLayer):
         floor = 1e-6 * float(moment.diagonal().mean())
         moment.diagonal().clamp_min_(floor)
         target = self.weight.detach().clone()
-        served = {bits: emphasis[bits] for bits in self.offer.nested}
-        self._code(self.weight, self.step, moment, served, first, nested.CODE_BITS)
+        self._code(self.weight, self.step, moment, emphasis, first, nested.CODE_BITS)
         if self.low_weight is not None and self.low_step is not None:
             self.low_weight.copy_(target)
             own = None if first is None else DEDICATED_BITS

@@ -39,6 +39,7 @@ typedef struct {
 #define PAIR 2048  /* bytes of the two tiles of a panel */
 #define LINE 64    /* bytes that memory hands over at once */
 #define MOST_DEPTH 8192
+#define SMALL (256 * 1024)  /* bytes of weights that every thread may read */
 #define CACHED (512 * 1024) /* bytes of codes that stay near while panels pass */
 
 /* Where results go: float32 rows, with another matrix added or not, or codes. `row_sums`, those of
@@ -307,7 +308,10 @@ static void multiply_all(const TileLayer *layer, const uint8_t *codes, int64_t r
         const int64_t all = 1, thread = 0;
         (void)threads;
 #endif
-        const int64_t beside = all < panels ? all : panels, above = all / beside;
+        int64_t beside = all < panels ? all : panels;
+        if (layer->depth * layer->width <= SMALL && row_blocks >= 2 * all)
+            beside = 1;
+        const int64_t above = all / beside;
         const int64_t row = thread / beside, panel = thread % beside;
         const int64_t first = row * row_blocks / above * BLOCK;
         const int64_t last = (row + 1) * row_blocks / above * BLOCK;

@@ -154,15 +154,6 @@ static int32_t sum_unsigned(const uint8_t *codes, int64_t length)
     return sum;
 }
 
-CLONES
-static int32_t sum_signed(const int8_t *codes, int64_t length)
-{
-    int32_t sum = 0;
-    for (int64_t i = 0; i < length; i++)
-        sum += codes[i];
-    return sum;
-}
-
 /* Whether the products of attention below run here. */
 int qtool_has_products(void)
 {
@@ -188,15 +179,37 @@ static inline int32_t word(const void *bytes)
 
 /* Keys of a head, blocks of sixteen side by side: four bytes of each in turn, zeros past the last
  * one. `columns` gets what every query loses to the zero point of the queries. */
-static void pack_keys(const int8_t *keys, int32_t *packed, int32_t *columns, int64_t tokens,
-                      int64_t width, int32_t query_zero)
+VNNI static void pack_keys(const int8_t *keys, int32_t *packed, int32_t *columns, int64_t tokens,
+                           int64_t width, int32_t query_zero)
 {
     const int64_t blocks = (tokens + LANES - 1) / LANES, words = width / 4;
-    for (int64_t token = 0; token < blocks * LANES; token++) {
-        int32_t *target = packed + token / LANES * words * LANES + token % LANES;
+    const __m512i ones = _mm512_set1_epi8(1), minus_zero = _mm512_set1_epi32(-query_zero);
+    for (int64_t block = 0; block < blocks; block++) {
+        int32_t *target = packed + block * words * LANES;
+        for (int64_t lane = 0; lane < LANES; lane += 4) {
+            const int64_t token = block * LANES + lane;
+            for (int64_t i = 0; i < words; i += 4) {
+                __m128i row[4];
+                for (int j = 0; j < 4; j++)
+                    row[j] = token + j < tokens ? _mm_loadu_si128((const __m128i *)(
+                                                      keys + (token + j) * width + 4 * i))
+                                                : _mm_setzero_si128();
+                const __m128i low = _mm_unpacklo_epi32(row[0], row[1]);
+                const __m128i low_next = _mm_unpacklo_epi32(row[2], row[3]);
+                const __m128i high = _mm_unpackhi_epi32(row[0], row[1]);
+                const __m128i high_next = _mm_unpackhi_epi32(row[2], row[3]);
+                const __m128i turned[4] = {_mm_unpacklo_epi64(low, low_next),
+                                           _mm_unpackhi_epi64(low, low_next),
+                                           _mm_unpacklo_epi64(high, high_next),
+                                           _mm_unpackhi_epi64(high, high_next)};
+                for (int j = 0; j < 4; j++)
+                    _mm_storeu_si128((__m128i *)(target + (i + j) * LANES + lane), turned[j]);
+            }
+        }
+        __m512i sums = _mm512_setzero_si512();
         for (int64_t i = 0; i < words; i++)
-            target[i * LANES] = token < tokens ? word(keys + token * width + 4 * i) : 0;
-        columns[token] = token < tokens ? -query_zero * sum_signed(keys + token * width, width) : 0;
+            sums = _mm512_dpbusd_epi32(sums, ones, _mm512_loadu_si512(target + i * LANES));
+        _mm512_storeu_si512(columns + block * LANES, _mm512_mullo_epi32(sums, minus_zero));
     }
 }
 
@@ -307,7 +320,7 @@ VNNI static void attended_of_rows(const uint8_t *probabilities, int64_t stride, 
 }
 
 /* Scores of attention. Queries are unsigned codes, keys codes less 128; matrices of a head follow
- * one another, their width is a multiple of 4. For each head `packed` holds `width / 4` words and
+ * one another, their width is a multiple of 16. For each head `packed` holds `width / 4` words and
  * `columns` one for each token, their number made a multiple of LANES. */
 void qtool_scores(const uint8_t *queries, const int8_t *keys, float *out, int64_t heads,
                   int64_t tokens, int64_t width, int32_t query_zero, int32_t key_zero, float scale,

@@ -280,7 +280,7 @@ def _choose_ranges(
     for layer in layers:
         if isinstance(layer, SimulatedNested):
             free = _first(layer.offer.nested, config)
-            emphasis = dict.fromkeys(layer.offer.nested, 1.0)
+            emphasis = dict.fromkeys(layer.offer.weight, 1.0)
             emphasis[free or min(emphasis)] = config.emphasis
             layer.code_weights(emphasis, first=free)
     for bits in sorted({bits for layer in layers for bits in layer.offer.activation}):
