@@ -154,19 +154,10 @@ TILES static inline void store_codes(const int32_t *sums, int64_t row, int64_t r
         const __m512 value = value_of(sums + i * BLOCK, columns, layer->bias != NULL, row_sum);
         found[i] = sixteen_codes(_mm512_mul_ps(value, factor), scale, inverse, zero, top);
     }
-    __m512i codes = _mm512_castsi128_si512(found[0]);
-    codes = _mm512_inserti32x4(codes, found[1], 1);
-    codes = _mm512_inserti32x4(codes, found[2], 2);
-    codes = _mm512_inserti32x4(codes, found[3], 3);
-    if (quantizer->table) {
-        const uint8_t *table = quantizer->table;
-        const __m512i low = _mm512_permutex2var_epi8(_mm512_loadu_si512(table), codes,
-                                                     _mm512_loadu_si512(table + 64));
-        const __m512i high = _mm512_permutex2var_epi8(_mm512_loadu_si512(table + 128), codes,
-                                                      _mm512_loadu_si512(table + 192));
-        codes = _mm512_mask_blend_epi8(_mm512_movepi8_mask(codes), low, high);
-    }
-    codes = _mm512_xor_si512(codes, _mm512_set1_epi8((char)quantizer->flip));
+    __m512i quarters[4];
+    load_table(quantizer->table, quarters);
+    const __m512i codes = joined_codes(found, quantizer->table != NULL, quarters,
+                                       _mm512_set1_epi8((char)quantizer->flip));
     found[0] = _mm512_castsi512_si128(codes);
     found[1] = _mm512_extracti32x4_epi32(codes, 1);
     found[2] = _mm512_extracti32x4_epi32(codes, 2);

@@ -46,10 +46,8 @@ VBMI static void codes_vbmi(const float *restrict x, uint8_t *restrict out, int6
     const __m512 zero = _mm512_set1_ps(quantizer->zero), top = _mm512_set1_ps(quantizer->top);
     const __m512 factor = _mm512_set1_ps(quantizer->factor);
     const __m512i flip = _mm512_set1_epi8((char)quantizer->flip);
-    __m512i quarter[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(),
-                          _mm512_setzero_si512()};
-    for (int part = 0; table && part < 4; part++)
-        quarter[part] = _mm512_loadu_si512(table + 64 * part);
+    __m512i quarters[4];
+    load_table(table, quarters);
     for (int64_t i = 0; i < length; i += 64) {
         const int64_t left = length - i < 64 ? length - i : 64;
         const __mmask64 inside = left == 64 ? ~0ULL : (1ULL << left) - 1;
@@ -59,16 +57,7 @@ VBMI static void codes_vbmi(const float *restrict x, uint8_t *restrict out, int6
             __m512 values = _mm512_maskz_loadu_ps(some, x + i + 16 * part);
             found[part] = sixteen_codes(_mm512_mul_ps(values, factor), scale, inverse, zero, top);
         }
-        __m512i codes = _mm512_castsi128_si512(found[0]);
-        codes = _mm512_inserti32x4(codes, found[1], 1);
-        codes = _mm512_inserti32x4(codes, found[2], 2);
-        codes = _mm512_inserti32x4(codes, found[3], 3);
-        if (table) {
-            __m512i low = _mm512_permutex2var_epi8(quarter[0], codes, quarter[1]);
-            __m512i high = _mm512_permutex2var_epi8(quarter[2], codes, quarter[3]);
-            codes = _mm512_mask_blend_epi8(_mm512_movepi8_mask(codes), low, high);
-        }
-        codes = _mm512_xor_si512(codes, flip);
+        const __m512i codes = joined_codes(found, table != NULL, quarters, flip);
         _mm512_mask_storeu_epi8(out + i, inside, codes);
     }
 }

@@ -84,6 +84,29 @@ VBMI static inline __m128i sixteen_codes(__m512 x, __m512 scale, __m512 inverse,
     level = _mm512_max_ps(_mm512_add_ps(level, zero), _mm512_setzero_ps());
     return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_min_ps(level, top)));
 }
+
+/* The four quarters of a table of 256 bytes. */
+VBMI static inline void load_table(const uint8_t *table, __m512i quarters[4])
+{
+    for (int part = 0; part < 4; part++)
+        quarters[part] = table ? _mm512_loadu_si512(table + 64 * part) : _mm512_setzero_si512();
+}
+
+/* Four times sixteen codes side by side, looked up in a table if there is one, and flipped. */
+VBMI static inline __m512i joined_codes(const __m128i found[4], int has_table,
+                                        const __m512i quarters[4], __m512i flip)
+{
+    __m512i codes = _mm512_castsi128_si512(found[0]);
+    codes = _mm512_inserti32x4(codes, found[1], 1);
+    codes = _mm512_inserti32x4(codes, found[2], 2);
+    codes = _mm512_inserti32x4(codes, found[3], 3);
+    if (has_table) {
+        const __m512i low = _mm512_permutex2var_epi8(quarters[0], codes, quarters[1]);
+        const __m512i high = _mm512_permutex2var_epi8(quarters[2], codes, quarters[3]);
+        codes = _mm512_mask_blend_epi8(_mm512_movepi8_mask(codes), low, high);
+    }
+    return _mm512_xor_si512(codes, flip);
+}
 #endif
 
 #endif
