@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,12 @@ class Calibration:
     def everything(self) -> Tensor:
         """The images, and behind them their patches."""
         return self.pixels if self.patches is None else torch.cat((self.pixels, self.patches))
+
+
+def told(summary: Mapping[str, Any]) -> str:
+    """What a file was calibrated on, from the summary of its result."""
+    patches = f" and {summary['patches']} of their patches" if summary["patches"] else ""
+    return f"{summary['count']} images{patches}, {summary['calibration']}"
 
 
 def source(settings: QuantizeSettings) -> str:

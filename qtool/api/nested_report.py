@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qtool.api import export, layer_report
+from qtool.api import calibration, export, layer_report
 from qtool.methods.multiquant.nested import USUAL_ACTIVATION, NestedRecord
 from qtool.quant import widths
 from qtool.quant.bits import BitSpec
@@ -60,7 +60,7 @@ def tables(
         ("file", summary["output"]),
         ("size, all widths", layer_report.shown_size(summary)),
         ("weight bits", ", ".join(map(str, offer.weight))),
-        ("calibration", f"{summary['count']} images, {summary['calibration']}"),
+        ("calibration", calibration.told(summary)),
         *((f"agreement with float, {spec}", f"{share:.1%}") for spec, share in agreement.items()),
         ("time", f"{summary['seconds']['total']:.0f} s"),
     ]

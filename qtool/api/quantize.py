@@ -368,18 +368,13 @@ def _verify(path: Path, output: Path, sample: Tensor, expected: Tensor) -> dict[
     return {"max_abs_difference": difference, "same_choice": same}
 
 
-def _calibration(summary: Mapping[str, Any]) -> str:
-    patches = f" and {summary['patches']} of their patches" if summary["patches"] else ""
-    return f"{summary['count']} images{patches}, {summary['calibration']}"
-
-
 def _tables(
     summary: Mapping[str, Any], layers: list[dict[str, Any]], units: list[UnitRecord]
 ) -> tuple[Table, ...]:
     facts: list[tuple[str, Any]] = [
         ("file", summary["output"]),
         ("size", layer_report.shown_size(summary)),
-        ("calibration", _calibration(summary)),
+        ("calibration", calibration.told(summary)),
         *([("mean bits", f"{summary['mean_bits']:.2f}")] if "mean_bits" in summary else []),
         ("agreement with float on them", f"{summary['calibration_agreement']:.1%}"),
         *(

@@ -100,7 +100,8 @@ def quantize(
             min(bits),
         )
     made = calibration.gather(settings, opened, batch_size=batch_size, progress=progress)
-    pixels = made.pixels.to(next(opened.model.parameters()).device)
+    trained = made.everything.to(next(opened.model.parameters()).device)
+    pixels = trained[: len(made.pixels)]
     gathered = time.monotonic()
 
     quantizer: Quantizer = "table" if settings.recipe == "strong" else "uniform"
@@ -120,7 +121,7 @@ def quantize(
     records = calibrate(
         model,
         opened.model,
-        pixels,
+        trained,
         layout.units,
         offer=offer,
         config=NestedConfig(steps=steps, seed=settings.seed, drop=drop),
@@ -144,6 +145,7 @@ def quantize(
         "recipe": settings.recipe,
         "calibration": calibration.source(settings),
         "count": len(pixels),
+        "patches": len(trained) - len(pixels),
         "output": str(settings.output),
         "float_bytes": float_bytes,
         "quantized_weights": weight_parameters(opened.model, plans),

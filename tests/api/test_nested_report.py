@@ -9,6 +9,7 @@ SUMMARY = {
     "bytes": 2_000_000,
     "float_bytes": 8_000_000,
     "count": 32,
+    "patches": 3,
     "calibration": "real images",
     "calibration_agreement": {"w8a8": 1.0, "w4a8": 0.875},
     "seconds": {"total": 61.4},
@@ -22,6 +23,7 @@ def test_tables_tell_file_layers_and_blocks():
     file, layers, blocks = nested_report.tables(SUMMARY, [LAYER], [record], Offer((4, 8), (8,)))
     facts = dict(file.rows)
     assert facts["weight bits"] == "4, 8"
+    assert facts["calibration"] == "32 images and 3 of their patches, real images"
     assert facts["agreement with float, w4a8"] == "87.5%"
     assert layers.columns == ("layer", "backend", "output error w8a8", "output error w4a8")
     assert [len(row) for row in layers.rows] == [4]
