@@ -16,7 +16,7 @@ from qtool.models import demoire, demoire_weights, sources, vision
 from qtool.quant import graphs
 from qtool.quant.attention import ATTENTION_CLASSES
 from qtool.quant.convolution import without_norm
-from qtool.quant.fusion import fuse, fuse_nested
+from qtool.quant.fusion import fuse
 from qtool.quant.layers import Geometry, IntegerProducts, QuantConv2d, QuantLinear
 from qtool.quant.plan import replace_module
 from qtool.quant.widths import Request
@@ -100,10 +100,10 @@ def restore(
             return branch_model.restore(header, tensors).requires_grad_(False).eval()
         model = _built(header, device="meta")
         layout = None if header.task == "restoration" else vision.layout(model)
+        kinds = {site.name: site.kind for site in layout.attentions} if layout else {}
         if header.engine == "nested":
-            tensors = install(model, header, tensors)
+            tensors = install(model, header, tensors, kinds)
         else:
-            kinds = {site.name: site.kind for site in layout.attentions} if layout else {}
             for name, layer in header.layers.items():
                 replace_module(model, name, _module(model, name, layer, tensors, kinds))
                 if norm := str(layer.options.get("norm") or ""):
@@ -111,8 +111,7 @@ def restore(
         model.load_state_dict(tensors, strict=True, assign=True)
         _fill_derived_buffers(model, header)
         if fused and layout is not None:
-            fusing = fuse_nested if header.engine == "nested" else fuse
-            fusing(model, norms=layout.norms, gelus=layout.gelus)
+            fuse(model, norms=layout.norms, gelus=layout.gelus)
     except (UsageError, RuntimeError, AttributeError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
         raise CheckpointError(

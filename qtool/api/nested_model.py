@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from qtool.errors import UsageError
 from qtool.io import checkpoint, nested_tensors
-from qtool.models import vision
 from qtool.quant.attention import ATTENTION_CLASSES
 from qtool.quant.bits import BitSpec
 from qtool.quant.convolution import without_norm
@@ -21,7 +20,10 @@ from qtool.quant.widths import Offer, Request
 
 
 def install(
-    model: nn.Module, header: checkpoint.Header, tensors: Mapping[str, Tensor]
+    model: nn.Module,
+    header: checkpoint.Header,
+    tensors: Mapping[str, Tensor],
+    kinds: Mapping[str, str],
 ) -> dict[str, Tensor]:
     """Put switchable layers into a float model built on the meta device.
 
@@ -29,6 +31,7 @@ def install(
         model: The float model; changed in place.
         header: The header of a file with the engine `nested`.
         tensors: The file's tensors, of all planes that are there.
+        kinds: Kind of attention by the name of its module.
 
     Returns:
         The model's state, to be loaded by assignment.
@@ -36,7 +39,6 @@ def install(
     Raises:
         ValueError: The tensors do not fit the model.
     """
-    kinds = {site.name: site.kind for site in vision.layout(model).attentions}
     state = dict(tensors)
     for name, layer in header.layers.items():
         source = model.get_submodule(name)

@@ -8,7 +8,7 @@ up to codes whose values lie next to the middle between two.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any, NamedTuple, Self, cast
 
 import torch
@@ -259,8 +259,7 @@ def _is_whole(block: nn.Module) -> bool:
     parts = dict(block.named_children())
     attention, mlp = parts.get("attn"), parts.get("mlp")
     return (
-        _is_block(block)
-        and isinstance(parts.get("norm1"), QuantLayerNorm)
+        isinstance(parts.get("norm1"), QuantLayerNorm)
         and isinstance(parts.get("norm2"), QuantLayerNorm)
         and isinstance(attention, QuantAttention)
         and cast(QuantLinear, attention.qkv).feeds is not None
@@ -272,10 +271,12 @@ def _is_whole(block: nn.Module) -> bool:
 def fuse(
     model: nn.Module,
     *,
-    norms: Iterable[tuple[str, str]],
-    gelus: Iterable[tuple[str, str, str]],
+    norms: Collection[tuple[str, str]],
+    gelus: Collection[tuple[str, str, str]],
 ) -> None:
     """Let the integer layers of a loaded model hand codes to one another, in place.
+
+    Blocks of switchable layers keep their layers apart and may run as one program.
 
     Args:
         model: A model of integer layers, in evaluation mode.
@@ -301,34 +302,15 @@ def fuse(
         if type(first) is QuantLinear and type(second) is QuantLinear:
             first.feeds = Feeds(second.input_quantizer, activation="gelu")
             replace_module(model, gelu, nn.Identity())
-    for name, module in list(model.named_modules()):
-        if name and _is_whole(module):
-            replace_module(model, name, QuantBlock(module))
-
-
-def fuse_nested(
-    model: nn.Module,
-    *,
-    norms: Iterable[tuple[str, str]],
-    gelus: Iterable[tuple[str, str, str]],
-) -> None:
-    """Let whole blocks of a loaded switchable model run as one program, in place.
-
-    Args:
-        model: A model of switchable layers, in evaluation mode.
-        norms: As `fuse` takes them.
-        gelus: As `fuse` takes them.
-    """
     feeds, ends = set(norms), {(before, after) for before, _, after in gelus}
     for name, module in list(model.named_modules()):
-        attention, first = f"{name}.attn", f"{name}.mlp.fc1"
-        if (
-            name
-            and _is_block(module)
-            and {(f"{name}.norm1", f"{attention}.qkv"), (f"{name}.norm2", first)} <= feeds
-            and (first, f"{name}.mlp.fc2") in ends
-            and _is_switchable(module)
-        ):
+        if not (name and _is_block(module)):
+            continue
+        fc1, fc2 = f"{name}.mlp.fc1", f"{name}.mlp.fc2"
+        needed = {(f"{name}.norm1", f"{name}.attn.qkv"), (f"{name}.norm2", fc1)}
+        if _is_whole(module):
+            replace_module(model, name, QuantBlock(module))
+        elif needed <= feeds and (fc1, fc2) in ends and _is_switchable(module):
             replace_module(model, name, NestedBlock(module))
 
 

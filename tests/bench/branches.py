@@ -262,8 +262,7 @@ def probe(options: argparse.Namespace, plan: Plan) -> tuple[float, float]:
         raise RuntimeError("the process was not set up")
     try:
         lanes = [
-            Lane(options, variants_of("amortized", options.widths)[0], plan, seed)
-            for seed in options.seed
+            Lane(options, Variant("amortized", options.widths), plan, seed) for seed in options.seed
         ]
         wait_for(options.device)
         for _ in range(PROBE_WARM_UP):
@@ -290,7 +289,7 @@ def probe(options: argparse.Namespace, plan: Plan) -> tuple[float, float]:
 def difference_from_plain(options: argparse.Namespace, plan: Plan, lane: Lane) -> float:
     """How far the next step of a lane is from that step without replay, over its length."""
     twin = Lane(
-        options, variants_of("amortized", options.widths)[0], replace(plan, replay=False), lane.seed
+        options, Variant("amortized", options.widths), replace(plan, replay=False), lane.seed
     )
     state = {name: value.clone() for name, value in lane.trainer.state().items()}
     twin.trainer.load_state(state)
@@ -414,7 +413,7 @@ def make_plan(
         together = (
             statistics.mean(rates[best])
             * options.jobs
-            * variants_of("amortized", options.widths)[0].passes
+            * Variant("amortized", options.widths).passes
         )
         left = deadline - time.time()
         plan = replace(best, steps=max(1, int(MARGIN * left * together / passes)))

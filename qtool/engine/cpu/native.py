@@ -67,7 +67,7 @@ def library() -> Any:  # noqa: ANN401  (a CDLL, or None)
         found.qtool_codes.argtypes = (*(pointer, pointer, go, how), *(step, step, step, number))
         found.qtool_powers.argtypes = (pointer, step, step, how, number)
         found.qtool_widen.argtypes = (pointer, pointer, go, real, number)
-        if found.qtool_has_tiles():
+        if _finds_tiles(found):
             layer = ctypes.POINTER(TileLayer)
             shared = (layer, pointer, step, pointer)
             found.qtool_tile_values.argtypes = (*shared, pointer, pointer, number)
@@ -95,7 +95,13 @@ def multiplies_codes() -> bool:
 def has_tiles() -> bool:
     """Whether linear layers on matrix tiles were compiled and run here (x86 with AMX on Linux)."""
     found = library()
-    return found is not None and bool(found.qtool_has_tiles())
+    return found is not None and _finds_tiles(found)
+
+
+@functools.cache
+def _finds_tiles(found: Any) -> bool:  # noqa: ANN401  (a CDLL)
+    """What a library says of tiles; asked once, for virtual machines are slow to answer."""
+    return bool(found.qtool_has_tiles())
 
 
 @functools.lru_cache(maxsize=4096)
