@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from qtool.api.runtime import bfloat16_is_faster, choose_device
 from qtool.models import vision
+from qtool.quant.plan import LayerPlan
 
 _SIDE = 1024
 _SECONDS = 0.1
@@ -32,9 +34,17 @@ _PASSES = 32
 
 _RECONSTRUCTION_BATCH = 8
 
+# What a checkpoint takes beside codes and float parameters: scales and sums of a row at one width
+# and at several, and the description of a layer and its activations; measured on ten files.
+_ROW_BYTES, _ROW_BYTES_PER_WIDTH = 8, 4
+_LAYER_BYTES, _SWITCHABLE_LAYER_BYTES = 700, 1500
+
 
 class Estimate:
     """Seconds for the parts of a run on this machine.
+
+    Attributes:
+        network: The model without memory for its weights; None for a hub repository.
 
     Args:
         name: Model, as for `vision.open_model`; no weights are read.
@@ -48,8 +58,9 @@ class Estimate:
 
     def __init__(self, name: str, *, weights: str, device: str) -> None:
         outline = vision.outline(name, weights=weights)
+        self.network = None if outline is None else outline[0]
+        self.forward = None
         if outline is None:
-            self.forward = None
             return
         network, size = outline
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -77,6 +88,37 @@ class Estimate:
     def training(self, *, pictures: int, passes: float) -> float:
         """Train on so many pictures, each of which goes through the network `passes` times."""
         return _TRAINING * 3 * pictures * passes * (self.forward or 0.0)
+
+
+def checkpoint_bytes(
+    network: nn.Module,
+    plans: Mapping[str, LayerPlan],
+    *,
+    bits: float | None = None,
+    widths: int = 0,
+) -> int:
+    """About how large the checkpoint of a quantized network is.
+
+    Args:
+        network: The float network.
+        plans: Plans by module name.
+        bits: Stored bits of a weight on average, where its plan does not say.
+        widths: How many widths a switchable file has, which keeps the rest in half precision; 0
+            for a file of one width.
+    """
+    coded = {
+        name: network.get_parameter(f"{name}.weight")
+        for name, plan in plans.items()
+        if plan.weight_bits
+    }
+    codes = sum(w.numel() * (bits or plans[name].weight_bits) / 8 for name, w in coded.items())
+    rows = sum(len(weight) for weight in coded.values())
+    rest = sum(p.numel() for p in network.parameters()) - sum(w.numel() for w in coded.values())
+    if widths:
+        row, layer, real = _ROW_BYTES_PER_WIDTH * widths, _SWITCHABLE_LAYER_BYTES, 2
+    else:
+        row, layer, real = _ROW_BYTES, _LAYER_BYTES, 4
+    return round(codes + rows * row + len(coded) * layer + rest * real)
 
 
 def warm_seconds(work: Callable[[], object], device: torch.device) -> float:

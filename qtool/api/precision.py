@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from qtool.errors import Progress
 from qtool.methods.spdfq.sensitivity import layer_losses, multiply_adds
@@ -37,7 +37,7 @@ class Precision:
 
 def uniform_plans(
     settings: QuantizeSettings,
-    opened: vision.OpenedModel,
+    model: nn.Module,
     *,
     bits: BitSpec | None = None,
     rules: Rules = (),
@@ -47,9 +47,9 @@ def uniform_plans(
     Raises:
         UsageError: A rule matches no layer.
     """
-    layout = vision.layout(opened.model)
+    layout = vision.layout(model)
     return plan_layers(
-        opened.model,
+        model,
         attentions=[site.name for site in layout.attentions],
         bits=bits or settings.bit_spec,
         batch_norms=dict(layout.batch_norms),
@@ -78,7 +78,7 @@ def choose(
     Raises:
         UsageError: No choice keeps the mean.
     """
-    plans = uniform_plans(settings, opened)
+    plans = uniform_plans(settings, opened.model)
     layout, average = vision.layout(opened.model), settings.average_bits
     if average is None:
         width = settings.bit_spec.weight
@@ -87,7 +87,7 @@ def choose(
     losses = layer_losses(
         opened.model,
         layout,
-        lambda bits: uniform_plans(settings, opened, bits=BitSpec(bits, bits)),
+        lambda bits: uniform_plans(settings, opened.model, bits=BitSpec(bits, bits)),
         pixels,
         widths=WEIGHT_BITS,
         seed=settings.seed,
@@ -101,7 +101,7 @@ def choose(
     chosen = allocate(options, sizes, average=average)
     rules = tuple((name, BitSpec(bits, bits)) for name, bits in chosen.items() if not fixed[name])
     return Precision(
-        uniform_plans(settings, opened, rules=rules),
+        uniform_plans(settings, opened.model, rules=rules),
         {name: losses[name][bits] for name, bits in chosen.items() if bits in losses[name]},
         {
             "mean_bits": round(mean_bits(chosen, sizes), 3),

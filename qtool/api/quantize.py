@@ -25,7 +25,7 @@ from qtool.api import (
     quantize_restoration,
 )
 from qtool.api.attention_sheet import attention_png
-from qtool.api.estimate import Estimate
+from qtool.api.estimate import Estimate, checkpoint_bytes
 from qtool.api.load import restore
 from qtool.api.parallel import torchrun_group
 from qtool.api.quantized_header import calibrated_provenance, compressed_tensors, layer_bits
@@ -48,7 +48,7 @@ from qtool.methods.spdfq.reconstruction import (
     reconstruct,
     simulate,
 )
-from qtool.models import registry, vision
+from qtool.models import vision
 from qtool.quant.convolution import fold_norms
 from qtool.quant.plan import LayerPlan, weight_parameters
 from qtool.report import Picture, Result, Table
@@ -140,11 +140,9 @@ def plan(settings: QuantizeSettings) -> Result:
         "onnx": exports,
         "skipped": False,
     }
-    spec = registry.find(architecture)
-    if spec is not None:
-        size = spec.parameters * 1e6 * settings.bit_spec.weight / 8
-        summary["estimated_bytes"] = round(size)
     estimate = Estimate(settings.model, weights=settings.weights, device=settings.device)
+    if estimate.network is not None:
+        summary["estimated_bytes"] = _estimated_bytes(settings, estimate.network)
     if estimate.forward is not None:
         seconds = estimate.reconstruction(
             count=settings.count, steps=summary["reconstruction_steps"]
@@ -159,6 +157,14 @@ def plan(settings: QuantizeSettings) -> Result:
             )
         summary["estimated_seconds"] = math.ceil(seconds)
     return Result("quantize", status="planned", summary=summary)
+
+
+def _estimated_bytes(settings: QuantizeSettings, network: nn.Module) -> int:
+    """About how large the checkpoint will be; refuses wrong rules as the run would."""
+    if settings.switchable is not None:
+        return quantize_any.estimated_bytes(settings, network)
+    plans = precision.uniform_plans(settings, network)
+    return checkpoint_bytes(network, plans, bits=settings.average_bits)
 
 
 def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Result:
@@ -199,7 +205,7 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
             progress=progress,
         )
     layout = vision.layout(opened.model)
-    planned = precision.uniform_plans(settings, opened)  # refuses wrong rules before any work
+    planned = precision.uniform_plans(settings, opened.model)  # refuses wrong rules before any work
     made = calibration.gather(settings, opened, batch_size=_BATCH, progress=progress)
     trained = made.everything.to(device)
     pixels = trained[: len(made.pixels)]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qtool.api import calibration, export, hub_folder, nested_report
+from qtool.api.estimate import checkpoint_bytes
 from qtool.api.load import restore
 from qtool.api.nested_model import choose_bits
 from qtool.api.quantized_header import calibrated_provenance
@@ -35,9 +36,10 @@ from qtool.quant import widths
 from qtool.quant.bits import BitSpec
 from qtool.quant.convolution import fold_norms
 from qtool.quant.macs import multiplications
+from qtool.quant.nested import CODE_BITS
 from qtool.quant.nested_storage import round_to_storage, stored
 from qtool.quant.plan import LayerPlan, Quantizer, plan_layers, weight_parameters
-from qtool.quant.widths import Offer
+from qtool.quant.widths import DEDICATED_BITS, Offer
 from qtool.report import Picture, Result
 from qtool.settings.quantize import QuantizeSettings
 
@@ -187,6 +189,19 @@ def quantize(
     if made.work is not None:
         made.work.forget()
     return result
+
+
+def estimated_bytes(settings: QuantizeSettings, network: nn.Module) -> int:
+    """About how large the checkpoint of a network will be, which need not have its weights.
+
+    Raises:
+        UsageError: As for `quantize`, for rules.
+    """
+    bits = settings.switchable or ()
+    offer = Offer(bits, activation_widths(bits), dedicated=settings.dedicated_2bit)
+    planned = _planned(settings, network, vision.layout(network), offer)
+    stored_bits = CODE_BITS + (DEDICATED_BITS if offer.dedicated else 0)
+    return checkpoint_bytes(network, planned.plans, bits=stored_bits, widths=len(bits))
 
 
 class _Planned(NamedTuple):
