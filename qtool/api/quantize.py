@@ -58,6 +58,10 @@ PAPER = "SPDFQ, arXiv 2412.16553"
 RECONSTRUCTION_STEPS = {"quick": 100, "standard": 100, "max": 400}
 """Training steps per block and effort; the paper takes 100."""
 
+UNTRAINED_FROM = 8
+"""Bits from which blocks are not trained: 100 steps on 32 pictures cost DeiT-tiny and MobileNetV2
+about a point of top-1 at w8a8, where rounding alone cost none."""
+
 DROP = {"paper": 0.0, "strong": 0.5}
 """Share of activations that a training step leaves unrounded, per recipe."""
 
@@ -106,6 +110,15 @@ def _steps(settings: QuantizeSettings) -> int:
     return settings.steps or RECONSTRUCTION_STEPS[settings.effort]
 
 
+def _classifier_steps(settings: QuantizeSettings) -> int:
+    """Training steps per block of a classifier: none where nothing has fewer than 8 bits."""
+    specs = (settings.bit_spec, *(spec for _, spec in settings.kept))
+    fine = all(min(spec.weight, spec.activation) >= UNTRAINED_FROM for spec in specs)
+    if settings.steps is None and settings.switchable is None and fine:
+        return 0
+    return _steps(settings)
+
+
 def plan(settings: QuantizeSettings) -> Result:
     """What `quantize` would do; loads no weights.
 
@@ -134,7 +147,7 @@ def plan(settings: QuantizeSettings) -> Result:
         "calibration": calibration.source(settings),
         "count": settings.count,
         "synthesis_steps": STEPS[settings.effort] if settings.data_free else 0,
-        "reconstruction_steps": _steps(settings),
+        "reconstruction_steps": _classifier_steps(settings),
         "device": planned_device(settings),
         "output": str(settings.output),
         "onnx": exports,
@@ -198,7 +211,7 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
         return quantize_any.quantize(
             settings,
             opened,
-            steps=_steps(settings),
+            steps=_classifier_steps(settings),
             drop=DROP[settings.recipe],
             batch_size=_BATCH,
             exports=exports,
@@ -225,7 +238,7 @@ def quantize(settings: QuantizeSettings, progress: Progress | None = None) -> Re
         trained,
         layout.units,
         config=ReconstructionConfig(
-            steps=_steps(settings),
+            steps=_classifier_steps(settings),
             seed=settings.seed,
             bfloat16=bfloat16_is_faster(device),
             drop=DROP[settings.recipe],

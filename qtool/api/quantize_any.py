@@ -36,7 +36,6 @@ from qtool.quant import widths
 from qtool.quant.bits import BitSpec
 from qtool.quant.convolution import fold_norms
 from qtool.quant.macs import multiplications
-from qtool.quant.nested import CODE_BITS
 from qtool.quant.nested_storage import round_to_storage, stored
 from qtool.quant.plan import LayerPlan, Quantizer, plan_layers, weight_parameters
 from qtool.quant.widths import DEDICATED_BITS, Offer
@@ -200,7 +199,9 @@ def estimated_bytes(settings: QuantizeSettings, network: nn.Module) -> int:
     bits = settings.switchable or ()
     offer = Offer(bits, activation_widths(bits), dedicated=settings.dedicated_2bit)
     planned = _planned(settings, network, vision.layout(network), offer)
-    stored_bits = CODE_BITS + (DEDICATED_BITS if offer.dedicated else 0)
+    stored_bits = nested_tensors.bits_of(nested_tensors.planes_for(max(bits)))
+    if offer.dedicated:
+        stored_bits += DEDICATED_BITS
     return checkpoint_bytes(network, planned.plans, bits=stored_bits, widths=len(bits))
 
 

@@ -317,7 +317,30 @@ def test_a_plan_loads_no_weights_and_writes_nothing(no_weights, class_folders, d
     assert sorted(Path.cwd().rglob("*")) == before
 
 
-@pytest.mark.parametrize("bits", ["w4a4", "any:2-8"])
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"bits": "w8a8"}, 0),
+        ({"bits": "mixed:8"}, 0),
+        ({"bits": "w8a8", "steps": 5}, 5),
+        ({"bits": "w8a8", "keep": ("head=w4a8",)}, 1),
+        ({"bits": "w8a7"}, 1),
+        ({"bits": "any:2-8"}, 1),
+    ],
+)
+def test_nothing_is_trained_where_all_layers_have_eight_bits(no_weights, options, steps):
+    found = planned(model="deit_t", data_free=True, **options).summary["reconstruction_steps"]
+    assert found == steps
+
+
+def test_untrained_blocks_keep_their_error(quantize, demo):
+    trained = quantize(demo, out=OUT, bits="w8a8", steps=2).charts[0].lines.values()
+    before, after = quantize(demo, out=OUT, bits="w8a8", overwrite=True).charts[0].lines.values()
+    assert list(before) == list(after)
+    assert [list(line) for line in trained] != [list(before), list(after)]
+
+
+@pytest.mark.parametrize("bits", ["w4a4", "any:2-8", "any:2,4"])
 def test_a_plan_tells_the_size_of_the_file(quantize, class_folders, bits):
     told = planned(model="demo_vit", bits=bits, calib=class_folders).summary["estimated_bytes"]
     made = quantize("demo_vit", out=OUT, bits=bits, count=2, steps=1, effort="quick")
