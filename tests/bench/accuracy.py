@@ -192,10 +192,20 @@ def claimed(options: argparse.Namespace, name: str) -> bool:
     if any((options.work / f"{name}.{end}").exists() for end in ("json", "failed")):
         return False
     try:
-        (options.work / f"{name}.claim").touch(exist_ok=False)
+        with (options.work / f"{name}.claim").open("x") as claim:
+            claim.write(str(os.getpid()))
     except FileExistsError:
         return False
     return True
+
+
+def abandoned(claim: Path) -> bool:
+    """Whether the process that made a claim is no more."""
+    try:
+        os.kill(int(claim.read_text()), 0)
+    except (ValueError, ProcessLookupError):
+        return True
+    return False
 
 
 def kept(
@@ -251,8 +261,9 @@ def work(options: argparse.Namespace, cells: Sequence[Cell], deadline: float) ->
 def measure(options: argparse.Namespace, cells: Sequence[Cell]) -> None:
     """Let processes do what is missing; an interruption ends them and keeps what is done."""
     deadline = time.time() + 60 * options.minutes if options.minutes is not None else float("inf")
-    for left in [*options.work.glob("*.claim"), *options.work.glob("*.failed")]:
-        left.unlink()
+    left = [claim for claim in options.work.glob("*.claim") if abandoned(claim)]
+    for path in [*left, *options.work.glob("*.failed")]:
+        path.unlink()
     context = multiprocessing.get_context("spawn")  # a fork could not use CUDA
     workers = [
         context.Process(target=work, args=(options, cells, deadline)) for _ in range(options.jobs)
