@@ -102,7 +102,7 @@ def checkpoint_bytes(
     Args:
         network: The float network.
         plans: Plans by module name.
-        bits: Stored bits of a weight on average, where its plan does not say.
+        bits: Stored bits of a weight on average; None takes those of the plans.
         widths: How many widths a switchable file has, which keeps the rest in half precision; 0
             for a file of one width.
     """
