@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qtool.api.runtime import bfloat16_is_faster, choose_device
 from qtool.models import vision
-from qtool.quant.plan import LayerPlan
+from qtool.quant.plan import LayerPlan, weight_parameters
 
 _SIDE = 1024
 _SECONDS = 0.1
@@ -113,7 +113,7 @@ def checkpoint_bytes(
     }
     codes = sum(w.numel() * (bits or plans[name].weight_bits) / 8 for name, w in coded.items())
     rows = sum(len(weight) for weight in coded.values())
-    rest = sum(p.numel() for p in network.parameters()) - sum(w.numel() for w in coded.values())
+    rest = sum(p.numel() for p in network.parameters()) - weight_parameters(network, plans)
     if widths:
         row, layer, real = _ROW_BYTES_PER_WIDTH * widths, _SWITCHABLE_LAYER_BYTES, 2
     else:

@@ -87,8 +87,8 @@ def quantize(
         QtoolError: One of its kinds, for wrong settings or refused output.
     """
     started = time.monotonic()
-    bits = settings.switchable or ()
-    offer = Offer(bits, activation_widths(bits), dedicated=settings.dedicated_2bit)
+    offer = _offered(settings)
+    bits = offer.weight
     layout = vision.layout(opened.model)
     planned = _planned(settings, opened.model, layout, offer)
     plans = planned.plans
@@ -196,13 +196,18 @@ def estimated_bytes(settings: QuantizeSettings, network: nn.Module) -> int:
     Raises:
         UsageError: As for `quantize`, for rules.
     """
-    bits = settings.switchable or ()
-    offer = Offer(bits, activation_widths(bits), dedicated=settings.dedicated_2bit)
+    offer = _offered(settings)
     planned = _planned(settings, network, vision.layout(network), offer)
-    stored_bits = nested_tensors.bits_of(nested_tensors.planes_for(max(bits)))
+    stored_bits = nested_tensors.bits_of(nested_tensors.planes_for(max(offer.weight)))
     if offer.dedicated:
         stored_bits += DEDICATED_BITS
-    return checkpoint_bytes(network, planned.plans, bits=stored_bits, widths=len(bits))
+    return checkpoint_bytes(network, planned.plans, bits=stored_bits, widths=len(offer.weight))
+
+
+def _offered(settings: QuantizeSettings) -> Offer:
+    """The widths that a file is asked to have."""
+    bits = settings.switchable or ()
+    return Offer(bits, activation_widths(bits), dedicated=settings.dedicated_2bit)
 
 
 class _Planned(NamedTuple):

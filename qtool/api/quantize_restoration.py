@@ -20,6 +20,7 @@ from qtool import __version__
 from qtool.api import hub_folder, layer_report
 from qtool.api.demoire import calibration
 from qtool.api.demoire.network import missing_weights
+from qtool.api.estimate import checkpoint_bytes
 from qtool.api.float_source import public_name
 from qtool.api.load import restore
 from qtool.api.quantized_header import compressed_tensors, layer_bits
@@ -36,6 +37,7 @@ from qtool.methods.spdfq.reconstruction import (
 )
 from qtool.metrics import fidelity
 from qtool.models import demoire, demoire_weights, sources, vision
+from qtool.models.demoire import DemoireSpec
 from qtool.models.demoire_weights import DemoireNetwork
 from qtool.quant.bits import BitSpec
 from qtool.quant.plan import LayerPlan, plan_layers, weight_parameters
@@ -70,7 +72,7 @@ def plan(settings: QuantizeSettings, *, steps: int) -> Result:
         steps: Training steps per block.
     """
     _check(settings)
-    name, _, path = _source(settings)
+    name, arguments, path = _source(settings)
     summary: dict[str, Any] = {
         "model": settings.model,
         "task": "restoration",
@@ -85,8 +87,10 @@ def plan(settings: QuantizeSettings, *, steps: int) -> Result:
         "skipped": False,
     }
     if name is not None:
-        size = demoire.find(name).parameters * 1e6 * settings.bit_spec.weight / 8
-        summary["estimated_bytes"] = round(size)
+        with torch.device("meta"):
+            outline = demoire.build(name, arguments)
+        plans = _plans(settings, demoire.find(name), outline)
+        summary["estimated_bytes"] = checkpoint_bytes(outline, plans)
     return Result("quantize", status="planned", summary=summary)
 
 
@@ -113,7 +117,7 @@ def quantize(
     name, arguments, path = _source(settings)
     network = demoire_weights.load_network(path, name=name, arguments=arguments)
     reference = network.module.to(device).requires_grad_(False)
-    plans = _plans(settings, network)
+    plans = _plans(settings, network.spec, network.module)
     heavy = network.spec.bytes_per_pixel > _HEAVY
     made = calibration.gather(settings, side=_SMALL_SIDE if heavy else _SIDE, progress=progress)
     pixels = made.pixels.to(device)
@@ -234,7 +238,9 @@ def _calibration(settings: QuantizeSettings) -> str:
     return "simulated moire" if settings.data_free else f"photographs of {settings.calib}"
 
 
-def _plans(settings: QuantizeSettings, network: DemoireNetwork) -> dict[str, LayerPlan]:
+def _plans(
+    settings: QuantizeSettings, spec: DemoireSpec, network: nn.Module
+) -> dict[str, LayerPlan]:
     """Plans with the same bits everywhere, but for both ends of the network.
 
     What looks at the picture takes it with the 8 bits that pictures have, and what writes it has
@@ -244,10 +250,10 @@ def _plans(settings: QuantizeSettings, network: DemoireNetwork) -> dict[str, Lay
         UsageError: A rule matches no layer.
     """
     bits = settings.bit_spec
-    ends = [(glob, BitSpec(bits.weight, _ENDS_BITS)) for glob in network.spec.sees]
-    ends += [(glob, BitSpec(_ENDS_BITS, _ENDS_BITS)) for glob in network.spec.writes]
+    ends = [(glob, BitSpec(bits.weight, _ENDS_BITS)) for glob in spec.sees]
+    ends += [(glob, BitSpec(_ENDS_BITS, _ENDS_BITS)) for glob in spec.writes]
     return plan_layers(
-        network.module,
+        network,
         attentions=(),
         bits=bits,
         keep=(*ends, *settings.kept),

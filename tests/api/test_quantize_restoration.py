@@ -158,6 +158,9 @@ def test_a_plan_loads_nothing(gates, monkeypatch):
     assert planned.summary["calibration"] == "simulated moire"
     assert planned.summary["output"] == "bandgate-w8a8.safetensors"
     assert 50_000 < planned.summary["estimated_bytes"] < 200_000
+    assert planned.summary["estimated_bytes"] == pytest.approx(136_896, rel=0.05)  # as it came out
+    with pytest.raises(UsageError, match="absent"):
+        api.plan(QuantizeSettings(model="bandgate", data_free=True, keep=("absent=w8a8",)))
     own = api.plan(QuantizeSettings(model=str(gates), data_free=True))
     assert own.summary["weights"] == str(gates)
 
