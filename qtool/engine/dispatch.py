@@ -165,9 +165,8 @@ def runs_whole_blocks(device: torch.device) -> bool:
 def _cpu_runs_whole_blocks() -> bool:
     exact = importlib.import_module("qtool.engine.cpu.exact")
     native = importlib.import_module("qtool.engine.cpu.native")
-    return bool(
-        exact.has_int8_units() and exact.int8_product_is_exact() and native.multiplies_codes()
-    )
+    units = exact.has_int8_units() and exact.int8_product_is_exact()
+    return bool(native.multiplies_codes() and (units or not exact.has_int8_units()))
 
 
 def _record(decision: Decision) -> None:

@@ -1,60 +1,26 @@
-/* Linear layers on the matrix tiles of x86 (AMX): uint8 codes times int8 levels, or times the odd
- * levels 2 h + 1 of the leading bits h of nested codes.
+/* Layers in panels on the matrix tiles of x86 (AMX).
  *
- * Weights lie in panels of 32 columns; a panel holds, for every 64 inputs, two tiles of 16 columns:
- * sixteen rows of four inputs side by side for each column. Sums are exact integers; what follows
- * them, (sum - zero * sum of levels) * scale + bias, rounds as PyTorch's own products do.
+ * A panel has 32 columns; it holds, for every 64 inputs, two tiles of 16 columns: sixteen rows of four
+ * inputs side by side for each column. The depth is a multiple of 64.
  */
 #define _GNU_SOURCE
-#include "native.h"
+#include "panels.h"
 
 #if X86 && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
 #define AMX 1
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 #else
 #define AMX 0
 #endif
 
-/* A layer. `sums` are those of the levels of each column; without a bias it is NULL. `depth` is a
- * multiple of 64 and at most MOST_DEPTH; `width`, the columns, is any number. Nested codes lose
- * `shift` bits. */
-typedef struct {
-    const int8_t *panels;
-    const int32_t *sums;
-    const float *scale, *bias;
-    int64_t depth, width;
-    int32_t zero, shift;
-} TileLayer;
-
 #if AMX
 #define TILES __attribute__((target("amx-tile,amx-int8,avx512f,avx512bw,avx512vl,avx512vbmi")))
 #define SIDE 16    /* rows or columns of a tile */
-#define BLOCK 32   /* rows or columns that are summed at once */
 #define STEP 64    /* inputs of a tile */
 #define PAIR 2048  /* bytes of the two tiles of a panel */
 #define LINE 64    /* bytes that memory hands over at once */
-#define MOST_DEPTH 8192
-#define SMALL (256 * 1024)  /* bytes of weights that every thread may read */
-#define CACHED (512 * 1024) /* bytes of codes that stay near while panels pass */
-
-/* Where results go: float32 rows, with another matrix added or not, or codes. `row_sums`, those of
- * the codes of each row, are there for nested levels, and NULL for others. Codes of `parts` equal
- * parts of the columns, each with a quantizer, lie `apart` elements from one another, each as told
- * by a walk over (pictures, heads, tokens, columns of a head). */
-typedef struct {
-    float *values;
-    const float *added;
-    int32_t *row_sums;
-    uint8_t *codes;
-    const Walk *walk;
-    const Quantizer *quantizers;
-    int64_t parts, apart;
-} Target;
 
 /* Palette 1: eight tiles of sixteen rows of 64 bytes. */
 TILES static void configure(void)
@@ -89,7 +55,7 @@ typedef struct {
     int next;
 } Pending;
 
-TILES static inline void columns_of(const TileLayer *layer, int64_t first, Columns *found)
+TILES static inline void columns_of(const PanelLayer *layer, int64_t first, Columns *found)
 {
     const int64_t left = layer->width - first;
     const __mmask16 inside =
@@ -116,7 +82,7 @@ TILES static inline __m512 value_of(const int32_t *sums, const Columns *columns,
 
 /* A few rows of sixteen columns as float32. */
 TILES static inline void store_values(const int32_t *sums, int64_t row, int64_t rows,
-                                      const Columns *columns, const TileLayer *layer,
+                                      const Columns *columns, const PanelLayer *layer,
                                       const Target *target, int64_t column)
 {
     const int64_t width = layer->width, place = row * width + column;
@@ -135,15 +101,13 @@ TILES static inline void store_values(const int32_t *sums, int64_t row, int64_t 
 
 /* The same as codes. */
 TILES static inline void store_codes(const int32_t *sums, int64_t row, int64_t rows,
-                                     const Columns *columns, const TileLayer *layer,
+                                     const Columns *columns, const PanelLayer *layer,
                                      const Target *target, int64_t column)
 {
     const Walk *walk = target->walk;
-    const int64_t tokens = walk->size[2], part_width = layer->width / target->parts;
-    const int64_t part = column / part_width, within = column % part_width;
-    const Quantizer *quantizer = target->quantizers + part;
-    uint8_t *out = target->codes + part * target->apart + within / walk->size[3] * walk->to[1] +
-                   within % walk->size[3];
+    const int64_t tokens = walk->size[2];
+    const Quantizer *quantizer;
+    uint8_t *out = place_of_codes(layer, target, column, &quantizer);
     const __m512 scale = _mm512_set1_ps(quantizer->scale);
     const __m512 inverse = _mm512_set1_ps(1.0f / quantizer->scale);
     const __m512 zero = _mm512_set1_ps(quantizer->zero), top = _mm512_set1_ps(quantizer->top);
@@ -173,7 +137,7 @@ TILES static inline void store_codes(const int32_t *sums, int64_t row, int64_t r
 }
 
 /* Make sums values, up to the unit with this number. */
-TILES static inline void finish(Pending *pending, int until, const TileLayer *layer,
+TILES static inline void finish(Pending *pending, int until, const PanelLayer *layer,
                                 const Target *target)
 {
     for (; pending->next < until; pending->next++) {
@@ -204,18 +168,8 @@ TILES static void shift_panel(const int8_t *panel, int8_t *out, int64_t bytes, i
     }
 }
 
-/* The sum of the codes of a row. */
-TILES static int32_t sum_of_row(const uint8_t *codes, int64_t depth)
-{
-    __m512i sums = _mm512_setzero_si512();
-    for (int64_t i = 0; i < depth; i += LINE)
-        sums = _mm512_add_epi64(
-            sums, _mm512_sad_epu8(_mm512_loadu_si512(codes + i), _mm512_setzero_si512()));
-    return (int32_t)_mm512_reduce_add_epi64(sums);
-}
-
 /* Some rows and panels, by one thread. `tail` holds the last rows, made sixteen. */
-TILES static void multiply(const TileLayer *layer, const uint8_t *codes, const uint8_t *tail,
+TILES static void multiply(const PanelLayer *layer, const uint8_t *codes, const uint8_t *tail,
                            int64_t whole, int64_t first_row, int64_t last_row, int64_t first_panel,
                            int64_t last_panel, const Target *target)
 {
@@ -279,44 +233,18 @@ TILES static void multiply(const TileLayer *layer, const uint8_t *codes, const u
     _tile_release();
 }
 
-/* All rows and panels. Threads share the panels, so that each reads its weights once; where there
- * are more threads than panels, rows as well. */
-static void multiply_all(const TileLayer *layer, const uint8_t *codes, int64_t rows,
-                         const Target *target, int threads)
+/* Some rows and panels, by one thread. */
+TILES void qtool_multiply_tiles(const PanelLayer *layer, const uint8_t *codes, int64_t rows,
+                                int64_t first_row, int64_t last_row, int64_t first_panel,
+                                int64_t last_panel, const Target *target)
 {
-    const int64_t panels = (layer->width + BLOCK - 1) / BLOCK, whole = rows / SIDE * SIDE;
-    const int64_t row_blocks = (rows + BLOCK - 1) / BLOCK;
-#pragma omp parallel num_threads(threads)
-    {
-        if (target->row_sums) {
-#pragma omp for
-            for (int64_t row = 0; row < rows; row++)
-                target->row_sums[row] = sum_of_row(codes + row * layer->depth, layer->depth);
-        }
-#ifdef _OPENMP
-        const int64_t all = omp_get_num_threads(), thread = omp_get_thread_num();
-#else
-        const int64_t all = 1, thread = 0;
-        (void)threads;
-#endif
-        int64_t beside = all < panels ? all : panels;
-        if (layer->depth * layer->width <= SMALL && row_blocks >= 2 * all)
-            beside = 1;
-        const int64_t above = all / beside;
-        const int64_t row = thread / beside, panel = thread % beside;
-        const int64_t first = row * row_blocks / above * BLOCK;
-        const int64_t last = (row + 1) * row_blocks / above * BLOCK;
-        if (row < above && first < rows) {
-            uint8_t tail[SIDE * MOST_DEPTH];
-            const int64_t depth = layer->depth, kept = (rows - whole) * depth;
-            if (last >= rows) {
-                memcpy(tail, codes + whole * depth, (size_t)kept);
-                memset(tail + kept, 0, (size_t)(SIDE * depth - kept));
-            }
-            multiply(layer, codes, tail, whole, first, last < rows ? last : rows,
-                     panel * panels / beside, (panel + 1) * panels / beside, target);
-        }
+    const int64_t depth = layer->depth, whole = rows / SIDE * SIDE, kept = (rows - whole) * depth;
+    uint8_t tail[SIDE * MOST_DEPTH];
+    if (last_row == rows) {
+        memcpy(tail, codes + whole * depth, (size_t)kept);
+        memset(tail + kept, 0, (size_t)(SIDE * depth - kept));
     }
+    multiply(layer, codes, tail, whole, first_row, last_row, first_panel, last_panel, target);
 }
 
 /* Whether this processor has tiles and the system lets them be used. */
@@ -330,27 +258,19 @@ int qtool_has_tiles(void)
     return syscall(SYS_arch_prctl, 0x1023, 18) == 0; /* ARCH_REQ_XCOMP_PERM, XTILEDATA */
 }
 
-/* float32 (rows, width), with another such matrix added unless it is NULL. Nested codes need room
- * for as many row sums. */
-void qtool_tile_values(const TileLayer *layer, const uint8_t *codes, int64_t rows,
-                       int32_t *row_sums, const float *added, float *out, int threads)
-{
-    const Target target = {.values = out, .added = added, .row_sums = row_sums};
-    multiply_all(layer, codes, rows, &target, threads);
-}
-
-/* Codes of the values; the walk's last size is a multiple of 16, rows are pictures by tokens. */
-void qtool_tile_codes(const TileLayer *layer, const uint8_t *codes, int64_t rows,
-                      int32_t *row_sums, uint8_t *out, const Walk *walk,
-                      const Quantizer *quantizers, int64_t parts, int64_t apart, int threads)
-{
-    const Target target = {.codes = out, .row_sums = row_sums, .walk = walk,
-                           .quantizers = quantizers, .parts = parts, .apart = apart};
-    multiply_all(layer, codes, rows, &target, threads);
-}
 #else
 int qtool_has_tiles(void)
 {
     return 0;
 }
+
+#if X86
+void qtool_multiply_tiles(const PanelLayer *layer, const uint8_t *codes, int64_t rows,
+                          int64_t first_row, int64_t last_row, int64_t first_panel,
+                          int64_t last_panel, const Target *target)
+{ /* never called */
+    (void)layer, (void)codes, (void)rows, (void)first_row, (void)last_row, (void)first_panel;
+    (void)last_panel, (void)target;
+}
+#endif
 #endif

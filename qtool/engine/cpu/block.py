@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._C._nn import gelu as _gelu
 
 from qtool.engine.cpu import exact, native
-from qtool.engine.cpu.amx import TileLinear
+from qtool.engine.cpu.panels import PanelLinear
 from qtool.engine.cpu.attention import BLOCK_SCORES
 from qtool.engine.cpu.linear import Packed, nested_layer, packed_layer
 
@@ -132,7 +132,7 @@ class _Room:
         self.scores = torch.empty(2, matrices, tokens, tokens, dtype=torch.float32)
         # What lies behind the codes of a row stays zero.
         self.p_codes = torch.zeros(matrices, tokens, whole, dtype=torch.uint8)
-        self.packed = torch.empty(matrices, whole, depth, dtype=torch.uint8)
+        self.packed = torch.empty(matrices, whole, depth, dtype=native.packed_operands())
         self.columns = torch.empty(matrices, max(whole, depth), dtype=torch.int32)
         self.views = {
             count: _Views(self, count, heads)
@@ -180,7 +180,7 @@ def _room(batch: int, tokens: int, width: int, hidden: int, heads: int, tiled: b
 _rooms = _Rooms()
 
 
-def _packed(layer: Layer | NestedLayer) -> Packed | TileLinear | None:
+def _packed(layer: Layer | NestedLayer) -> Packed | PanelLinear | None:
     """A layer laid out for this CPU, or None where it takes another way."""
     if isinstance(layer, NestedLayer):
         shared = (layer.weight, layer.weight_scale, layer.bias, layer.weight_bits)
@@ -224,7 +224,7 @@ class Program:
             *(out.scale, out.zero, out.table, out.bits), factor=float(p.scale * value.scale)
         )
         self.possible = len(self.layers) == len(layers)
-        self.tiled = all(isinstance(layer, TileLinear) for layer in self.layers)
+        self.tiled = all(isinstance(layer, PanelLinear) for layer in self.layers)
 
     def takes(self, x: Tensor) -> bool:
         """Whether x is what is expected and its sums fit 32 bits."""
@@ -277,10 +277,10 @@ class Program:
             values.data_ptr(), codes, room.over_rows, self.inputs[2 * number], 1, 0, 0, threads
         )
 
-    def _attend(self, qkv: Packed | TileLinear, codes: int, room: _Room, threads: int) -> None:
+    def _attend(self, qkv: Packed | PanelLinear, codes: int, room: _Room, threads: int) -> None:
         """The codes of normalised values, at an address, to those of attended ones, in place."""
         lib = native.library()
-        projected = None if isinstance(qkv, TileLinear) else qkv.product(room.codes)
+        projected = None if isinstance(qkv, PanelLinear) else qkv.product(room.codes)
         tokens, width, depth = room.tokens, self.width, self.width // self.heads
         operands, step = room.operands.data_ptr(), room.operands.stride(0)
         keys, values = operands + step, operands + 2 * step
@@ -291,7 +291,7 @@ class Program:
             views = room.views[some.stop - some.start]
             rows = slice(some.start * tokens, some.stop * tokens)
             target = codes + rows.start * width
-            if isinstance(qkv, TileLinear):
+            if isinstance(qkv, PanelLinear):
                 qkv.codes(room.codes[rows], operands, views.from_qkv, self.operands, step)
             elif projected is not None:
                 first, go = projected[rows].data_ptr(), views.from_qkv

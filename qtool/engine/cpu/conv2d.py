@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qtool.engine.cpu import exact
-from qtool.engine.cpu.amx import TileLinear
+from qtool.engine.cpu.panels import PanelLinear
 from qtool.engine.cpu.exact import EXACT_SUM, blocks
 from qtool.engine.cpu.linear import (
     Packed,
@@ -20,6 +20,7 @@ from qtool.engine.cpu.linear import (
     float_levels,
     int8_levels,
     layer_of,
+    multiplies,
     no_zeros,
     pack_levels,
 )
@@ -45,13 +46,15 @@ def conv2d(
     """Integer convolution; see `qtool.engine.ops.conv2d`."""
     depth = x.shape[1] // groups
     bias = None if bias is None else bias.contiguous()
-    if exact.has_int8_units() and x.numel() and len(weight):
-        shape = (len(weight), depth, *kernel)
-        if cuts_patches(kernel, stride, padding, dilation, groups):
+    shape = (len(weight), depth, *kernel)
+    if x.numel() and len(weight):
+        patches = cuts_patches(kernel, stride, padding, dilation, groups)
+        if patches and multiplies(math.prod(shape[1:])):
             levels = derived(_patch_packing(weight_bits, shape), weight, weight_zero)
             if levels is not None:
                 scale = derived(both_scales, weight_scale, x_scale)
                 return _over_patches(x, layer_of(levels, scale, bias, int(x_zero)), kernel)
+    if exact.has_int8_units() and x.numel() and len(weight):
         geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
         packing = _packing(weight_bits, shape, *geometry)
         if (packed := derived(packing, weight, weight_zero, x_zero)) is not None:
@@ -83,7 +86,7 @@ def conv2d(
     return y if bias is None else y.add_(bias.view(-1, 1, 1))
 
 
-def _over_patches(x: Tensor, layer: Packed | TileLinear, kernel: Sequence[int]) -> Tensor:
+def _over_patches(x: Tensor, layer: Packed | PanelLinear, kernel: Sequence[int]) -> Tensor:
     """A layer over patches of (B, C, H, W); what is left over at the edges stays unread."""
     down, across = kernel
     rows, columns = x.shape[2] // down, x.shape[3] // across

@@ -1,8 +1,8 @@
 """Fast CPU versions of linear layers.
 
-With int8 units a layer whose parameters are per tensor runs as one product, on matrix tiles or by
-oneDNN, that applies scales and bias while its sums are in registers; its weights are laid out for
-that once. Other layers take `torch._int_mm` in blocks of rows, or float32 whose sums stay exact
+A layer whose parameters are per tensor runs as one product, in panels (AMX, AVX2) or by oneDNN on
+int8 units, that applies scales and bias while its sums are in registers; its weights are laid out
+for that once. Other layers take `torch._int_mm` in blocks of rows, or float32 whose sums stay exact
 where `torch._int_mm` is a plain loop.
 """
 
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qtool.engine.cpu import amx, exact
+from qtool.engine.cpu import exact, panels
 from qtool.engine.cpu import codes as quantizers
 from qtool.engine.cpu.packing import unpack_codes
 from qtool.engine.resident import derived
@@ -139,7 +139,7 @@ def packed_layer(
     bias: Tensor | None,
     weight_bits: int,
     in_features: int,
-) -> Packed | amx.TileLinear | None:
+) -> Packed | panels.PanelLinear | None:
     """A layer laid out for tiles or for oneDNN, or None where it takes another way."""
     packed = _packed(x_scale, x_zero, weight, weight_zero, weight_bits, in_features)
     if packed is None:
@@ -147,24 +147,29 @@ def packed_layer(
     return layer_of(packed, derived(both_scales, weight_scale, x_scale), bias, int(x_zero))
 
 
-PackedWeight = amx.TilePanels | Tensor
-"""Weights in panels for tiles, or in oneDNN's own layout."""
+PackedWeight = panels.Panels | Tensor
+"""Weights in panels, or in oneDNN's own layout."""
+
+
+def multiplies(in_features: int) -> bool:
+    """Whether layers with so many inputs can be laid out to multiply integers here."""
+    return exact.has_int8_units() or panels.takes(in_features)
 
 
 def pack_levels(levels: Tensor) -> PackedWeight:
     """Levels int8 (N, K) as this CPU multiplies them best."""
-    if amx.takes(levels.shape[1]):
-        return amx.laid_out(levels)
+    if panels.takes(levels.shape[1]):
+        return panels.laid_out(levels)
     packed: Tensor = torch.ops.onednn.qlinear_prepack(levels, None)
     return packed
 
 
 def layer_of(
     packed: PackedWeight, scale: Tensor, bias: Tensor | None, zero: int
-) -> Packed | amx.TileLinear:
-    """A layer of packed weights; see `amx.TileLinear` for the arguments."""
-    if isinstance(packed, amx.TilePanels):
-        return amx.TileLinear(packed, scale, bias, zero)
+) -> Packed | panels.PanelLinear:
+    """A layer of packed weights; see `panels.PanelLinear` for the arguments."""
+    if isinstance(packed, panels.Panels):
+        return panels.PanelLinear(packed, scale, bias, zero)
     return Packed(packed, scale, no_zeros(len(scale)), bias, zero)
 
 
@@ -188,7 +193,7 @@ def _packed(
     in_features: int,
 ) -> PackedWeight | None:
     """The weight as tiles or oneDNN want it, or None where the layer takes another way."""
-    if not exact.has_int8_units() or x_scale.numel() != 1 or x_zero.numel() != 1:
+    if not multiplies(in_features) or x_scale.numel() != 1 or x_zero.numel() != 1:
         return None
     return derived(_packing(weight_bits, in_features), weight, weight_zero)
 
@@ -338,20 +343,21 @@ def nested_layer(
     weight_scale: Tensor,
     bias: Tensor | None,
     bits: int,
-) -> Packed | amx.TileLinear | None:
+) -> Packed | panels.PanelLinear | None:
     """A layer of nested codes laid out for this CPU, or None where it takes another way.
 
     On tiles all widths share one layout. For oneDNN each has its own, and 8 bits have none: their
     levels do not fit a byte.
     """
     fits = weight.numel() and x_scale.numel() == 1 and x_zero.numel() == 1
-    if not (fits and exact.has_int8_units()):
+    if not (fits and multiplies(weight.shape[1])):
         return None
     scale, zero = both_scales(weight_scale, x_scale), int(x_zero)
-    if amx.takes(weight.shape[1]):
-        panels = derived(amx.laid_out, weight).panels
-        sums = derived(_level_sums(bits), weight)
-        return amx.TileLinear(amx.TilePanels(panels, sums), scale, bias, zero, bits)
+    if panels.takes(weight.shape[1]):
+        whole = derived(panels.laid_out, weight)
+        run = None if whole.run is None else derived(_level_run(bits), weight)
+        leading = panels.Panels(whole.panels, derived(_level_sums(bits), weight), run)
+        return panels.PanelLinear(leading, scale, bias, zero, bits)
     if bits == 8:
         return None
     return layer_of(derived(_level_packing(bits), weight), scale, bias, zero)
@@ -372,6 +378,14 @@ def _level_sums(bits: int) -> Callable[[Tensor], Tensor]:
         return leading.sum(1, dtype=torch.int32).mul_(2).add_(weight.shape[1])
 
     return sums
+
+
+@functools.cache
+def _level_run(bits: int) -> Callable[[Tensor], int]:
+    def run(weight: Tensor) -> int:
+        return panels.longest_run(weight >> (8 - bits))
+
+    return run
 
 
 def _int8_level_sums(codes: Tensor, x_zero: Tensor, shifted: Tensor) -> Callable[[slice], Tensor]:

@@ -69,6 +69,8 @@ static CodesOfRow codes_of_row(void)
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi"))
         return codes_vbmi;
+    if (__builtin_cpu_supports("avx2"))
+        return qtool_codes_avx2;
 #endif
     return codes_plain;
 }
@@ -135,7 +137,7 @@ void qtool_powers(float *x, int64_t rows, int64_t length, const Quantizer *quant
 }
 
 CLONES
-static int32_t sum_unsigned(const uint8_t *codes, int64_t length)
+int32_t qtool_sum_of_codes(const uint8_t *codes, int64_t length)
 {
     int32_t sum = 0;
     for (int64_t i = 0; i < length; i++)
@@ -143,15 +145,25 @@ static int32_t sum_unsigned(const uint8_t *codes, int64_t length)
     return sum;
 }
 
-/* Whether the products of attention below run here. */
-int qtool_has_products(void)
+/* Whether vectors of 256 bits are at hand. */
+int qtool_has_vectors(void)
 {
 #if X86
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+    return __builtin_cpu_supports("avx2") != 0;
 #else
     return 0;
 #endif
+}
+
+/* How the products of attention below run here: 2 on 8-bit units, 1 on vectors, 0 not at all. */
+int qtool_has_products(void)
+{
+#if X86
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
+        return 2;
+#endif
+    return qtool_has_vectors();
 }
 
 #if X86
@@ -213,7 +225,7 @@ VNNI static void scores_of_rows(const uint8_t *queries, int64_t rows, const int3
     int32_t added[ROWS];
     for (int r = 0; r < ROWS; r++) {
         row[r] = queries + (r < rows ? r : rows - 1) * width;
-        added[r] = shift * (sum_unsigned(row[r], width) - (int32_t)width * query_zero);
+        added[r] = shift * (qtool_sum_of_codes(row[r], width) - (int32_t)width * query_zero);
     }
     for (int64_t block = 0; block < blocks; block += 2) {
         const int32_t *first = packed + block * words * LANES;
@@ -281,7 +293,7 @@ VNNI static void attended_of_rows(const uint8_t *probabilities, int64_t stride, 
     int32_t added[ROWS];
     for (int r = 0; r < ROWS; r++) {
         row[r] = probabilities + (r < rows ? r : rows - 1) * stride;
-        added[r] = shift * (sum_unsigned(row[r], tokens) - (int32_t)tokens * zero);
+        added[r] = shift * (qtool_sum_of_codes(row[r], tokens) - (int32_t)tokens * zero);
     }
     for (int64_t start = 0; start < width; start += 2 * LANES) {
         const int64_t next = start + LANES < width ? LANES : 0;
@@ -309,56 +321,86 @@ VNNI static void attended_of_rows(const uint8_t *probabilities, int64_t stride, 
 }
 
 /* Scores of attention. Queries are unsigned codes, keys codes less 128; matrices of a head follow
- * one another, their width is a multiple of 16. For each head `packed` holds `width / 4` words and
- * `columns` one for each token, their number made a multiple of LANES. */
+ * one another, their width is a multiple of 16. For each head `packed` has a byte for every input of
+ * every token, two without 8-bit units, and `columns` a word for each token, their number made a
+ * multiple of LANES. */
 void qtool_scores(const uint8_t *queries, const int8_t *keys, float *out, int64_t heads,
                   int64_t tokens, int64_t width, int32_t query_zero, int32_t key_zero, float scale,
-                  int32_t *packed, int32_t *columns, int threads)
+                  void *packed, int32_t *columns, int threads)
 {
     const int64_t room = (tokens + LANES - 1) / LANES * LANES, runs = (tokens + ROWS - 1) / ROWS;
+    const int units = qtool_has_products() > 1;
+    int32_t *words = packed;
+    int16_t *pairs = packed;
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for
-        for (int64_t head = 0; head < heads; head++)
-            pack_keys(keys + head * tokens * width, packed + head * room * (width / 4),
-                      columns + head * room, tokens, width, query_zero);
+        for (int64_t head = 0; head < heads; head++) {
+            const int8_t *from = keys + head * tokens * width;
+            int32_t *sums = columns + head * room;
+            if (units)
+                pack_keys(from, words + head * room * (width / 4), sums, tokens, width, query_zero);
+            else
+                qtool_pack_keys_avx2(from, pairs + head * room * width, sums, tokens, width,
+                                     query_zero);
+        }
 #pragma omp for
         for (int64_t run = 0; run < heads * runs; run++) {
             const int64_t head = run / runs, row = run % runs * ROWS;
             const int64_t rows = tokens - row < ROWS ? tokens - row : ROWS;
-            scores_of_rows(queries + (head * tokens + row) * width, rows,
-                           packed + head * room * (width / 4), columns + head * room, tokens, width,
-                           query_zero, 128 - key_zero, scale, out + (head * tokens + row) * tokens);
+            const uint8_t *from = queries + (head * tokens + row) * width;
+            const int32_t *sums = columns + head * room;
+            float *to = out + (head * tokens + row) * tokens;
+            if (units)
+                scores_of_rows(from, rows, words + head * room * (width / 4), sums, tokens, width,
+                               query_zero, 128 - key_zero, scale, to);
+            else
+                qtool_scores_avx2(from, rows, pairs + head * room * width, sums, tokens, width,
+                                  query_zero, 128 - key_zero, scale, to);
         }
     }
 }
 
 /* Codes of attended values. Probabilities are unsigned codes in rows `stride` apart, zeros behind
  * them up to a multiple of 4; values are codes less 128, their width a multiple of LANES and at most
- * CHUNK. `packed` has room for four times as many bytes as a head has columns, for every four
- * tokens; `columns` for the columns of all heads. */
+ * CHUNK. `packed` has room for four times as many bytes as a head has columns, twice as many without
+ * 8-bit units, for every four tokens; `columns` for the columns of all heads. */
 void qtool_attended(const uint8_t *probabilities, int64_t stride, const int8_t *values,
                     uint8_t *out, const Walk *walk, int32_t probability_zero, int32_t value_zero,
-                    const Quantizer *quantizer, int8_t *packed, int32_t *columns, int threads)
+                    const Quantizer *quantizer, void *packed, int32_t *columns, int threads)
 {
     const CodesOfRow one = codes_of_row();
     const int64_t heads = walk->size[0] * walk->size[1], tokens = walk->size[2];
     const int64_t width = walk->size[3], room = (tokens + 3) / 4 * 4 * width;
     const int64_t runs = (tokens + ROWS - 1) / ROWS;
+    const int units = qtool_has_products() > 1;
+    int8_t *bytes = packed;
+    int16_t *pairs = packed;
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for
-        for (int64_t head = 0; head < heads; head++)
-            pack_values(values + head * tokens * width, packed + head * room,
-                        columns + head * width, tokens, width, probability_zero);
+        for (int64_t head = 0; head < heads; head++) {
+            const int8_t *from = values + head * tokens * width;
+            int32_t *sums = columns + head * width;
+            if (units)
+                pack_values(from, bytes + head * room, sums, tokens, width, probability_zero);
+            else
+                qtool_pack_values_avx2(from, pairs + head * room, sums, tokens, width,
+                                       probability_zero);
+        }
 #pragma omp for
         for (int64_t run = 0; run < heads * runs; run++) {
             const int64_t head = run / runs, row = run % runs * ROWS;
             const int64_t rows = tokens - row < ROWS ? tokens - row : ROWS;
+            const uint8_t *from = probabilities + (head * tokens + row) * stride;
+            const int32_t *sums = columns + head * width;
             float attended[ROWS * CHUNK];
-            attended_of_rows(probabilities + (head * tokens + row) * stride, stride, rows,
-                             packed + head * room, columns + head * width, tokens, width,
-                             probability_zero, 128 - value_zero, attended);
+            if (units)
+                attended_of_rows(from, stride, rows, bytes + head * room, sums, tokens, width,
+                                 probability_zero, 128 - value_zero, attended);
+            else
+                qtool_attended_avx2(from, stride, rows, pairs + head * room, sums, tokens, width,
+                                    probability_zero, 128 - value_zero, attended);
             Place place = place_of(walk, head * tokens + row);
             for (int64_t r = 0; r < rows; r++, step(walk, &place))
                 one(attended + r * width, out + place.to, width, quantizer);

@@ -64,7 +64,23 @@ static inline void step(const Walk *walk, Place *place)
     }
 }
 
+/* The sum of some codes. */
+int32_t qtool_sum_of_codes(const uint8_t *codes, int64_t length);
+
 #if X86
+/* What `avx2.c` has for CPUs without AVX-512. */
+void qtool_codes_avx2(const float *x, uint8_t *out, int64_t length, const Quantizer *quantizer);
+void qtool_pack_keys_avx2(const int8_t *keys, int16_t *packed, int32_t *columns, int64_t tokens,
+                          int64_t width, int32_t query_zero);
+void qtool_scores_avx2(const uint8_t *queries, int64_t rows, const int16_t *packed,
+                       const int32_t *columns, int64_t tokens, int64_t width, int32_t query_zero,
+                       int32_t shift, float scale, float *out);
+void qtool_pack_values_avx2(const int8_t *values, int16_t *packed, int32_t *columns, int64_t tokens,
+                            int64_t width, int32_t zero);
+void qtool_attended_avx2(const uint8_t *probabilities, int64_t stride, int64_t rows,
+                         const int16_t *packed, const int32_t *columns, int64_t tokens,
+                         int64_t width, int32_t zero, int32_t shift, float *out);
+
 #define VBMI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi")))
 
 /* Sixteen codes. The product with 1 / scale rounds to the same integer as the quotient unless it

@@ -1,4 +1,4 @@
-"""The compiled passes of `native.c` and `amx.c`, where the installation could build them.
+"""The compiled passes of `native.c`, `panels.c`, `amx.c` and `avx2.c`, where the installation could build them.
 
 They are optional: without a C compiler at install time `library()` is None, and the same codes come
 out of PyTorch in more passes.
@@ -42,8 +42,8 @@ class Quantizer(ctypes.Structure):
     kept: Tensor | None = None
 
 
-class TileLayer(ctypes.Structure):
-    """A linear layer on matrix tiles; see `amx.c`."""
+class PanelLayer(ctypes.Structure):
+    """A linear layer in panels; see `panels.h`."""
 
     _fields_ = (
         ("panels", ctypes.c_void_p),
@@ -54,6 +54,8 @@ class TileLayer(ctypes.Structure):
         ("width", ctypes.c_int64),
         ("zero", ctypes.c_int32),
         ("shift", ctypes.c_int32),
+        ("vectors", ctypes.c_int32),
+        ("run", ctypes.c_int32),
     )
 
 
@@ -67,11 +69,11 @@ def library() -> Any:  # noqa: ANN401  (a CDLL, or None)
         found.qtool_codes.argtypes = (*(pointer, pointer, go, how), *(step, step, step, number))
         found.qtool_powers.argtypes = (pointer, step, step, how, number)
         found.qtool_widen.argtypes = (pointer, pointer, go, real, number)
-        if _finds_tiles(found):
-            layer = ctypes.POINTER(TileLayer)
+        if found.qtool_has_vectors():  # as every CPU with tiles has
+            layer = ctypes.POINTER(PanelLayer)
             shared = (layer, pointer, step, pointer)
-            found.qtool_tile_values.argtypes = (*shared, pointer, pointer, number)
-            found.qtool_tile_codes.argtypes = (*shared, pointer, go, how, step, step, number)
+            found.qtool_panel_values.argtypes = (*shared, pointer, pointer, number)
+            found.qtool_panel_codes.argtypes = (*shared, pointer, go, how, step, step, number)
         if found.qtool_has_products():
             found.qtool_scores.argtypes = (
                 *(pointer, pointer, pointer, step, step, step),
@@ -87,15 +89,26 @@ def library() -> Any:  # noqa: ANN401  (a CDLL, or None)
 
 
 def multiplies_codes() -> bool:
-    """Whether the products of attention were compiled and run here (x86 with AVX-512 VNNI)."""
+    """Whether the products of attention were compiled and run here (x86 with AVX2)."""
     found = library()
     return found is not None and bool(found.qtool_has_products())
+
+
+def packed_operands() -> torch.dtype:
+    """What keys and values are packed as: without 8-bit units in 16 bits."""
+    return torch.int8 if library().qtool_has_products() > 1 else torch.int16
 
 
 def has_tiles() -> bool:
     """Whether linear layers on matrix tiles were compiled and run here (x86 with AMX on Linux)."""
     found = library()
     return found is not None and _finds_tiles(found)
+
+
+def has_vectors() -> bool:
+    """Whether linear layers on 256-bit vectors were compiled and run here (x86 with AVX2)."""
+    found = library()
+    return found is not None and bool(found.qtool_has_vectors())
 
 
 @functools.cache
