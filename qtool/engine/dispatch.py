@@ -55,7 +55,7 @@ class Decision(NamedTuple):
     reason: str
 
 
-WHOLE_BLOCK = Decision("transformer_block", "cpu", "int8 units and compiled passes")
+WHOLE_BLOCK = Decision("transformer_block", "cpu", "compiled passes")
 
 _default: str | None = None
 _override: ContextVar[str | None] = ContextVar("qtool_backend", default=None)
@@ -165,8 +165,8 @@ def runs_whole_blocks(device: torch.device) -> bool:
 def _cpu_runs_whole_blocks() -> bool:
     exact = importlib.import_module("qtool.engine.cpu.exact")
     native = importlib.import_module("qtool.engine.cpu.native")
-    units = exact.has_int8_units() and exact.int8_product_is_exact()
-    return bool(native.multiplies_codes() and (units or not exact.has_int8_units()))
+    right = not exact.has_int8_units() or exact.int8_product_is_exact()
+    return bool(right and native.multiplies_codes())
 
 
 def _record(decision: Decision) -> None:

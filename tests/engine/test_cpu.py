@@ -46,6 +46,7 @@ def test_linear_has_the_bits_of_a_float_simulation(bits, per_token, draw):
 @pytest.mark.parametrize("bits", [2, 4, 7, 8])
 def test_nested_codes_need_no_tiles(monkeypatch, bits, draw):
     monkeypatch.setattr(native, "has_tiles", lambda: False)
+    monkeypatch.setattr(native, "has_vectors", lambda: False)
     x, weight = draw.codes(37, 192), (draw.codes(45, 192).int() - 128).to(torch.int8)
     arguments = (draw.scales(1), draw.zeros(1), weight, draw.scales(45), draw.floats(45))
     layer = linear.nested_layer(*arguments, bits)
@@ -218,14 +219,19 @@ KINDS = (
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "lacking", ["nothing", "int8 units", "compiled passes", "either"], ids=lambda word: word
+    "lacking",
+    ["nothing", "int8 units", "panels", "compiled passes", "either"],
+    ids=lambda word: word,
 )
 def test_layers_to_codes_are_exact_on_every_machine(monkeypatch, draw, lacking, kind):
     call, arguments, options = layers_to_codes(draw)[kind]
     with dispatch.use_backend("reference"):
         expected = call(*arguments, **options)
-    if lacking in ("int8 units", "either"):
+    if lacking in ("int8 units", "panels", "either"):
         monkeypatch.setattr(exact, "has_int8_units", lambda: False)
+    if lacking == "panels":
+        monkeypatch.setattr(native, "has_tiles", lambda: False)
+        monkeypatch.setattr(native, "has_vectors", lambda: False)
     if lacking in ("compiled passes", "either"):
         monkeypatch.setattr(native, "library", lambda: None)
     monkeypatch.setattr(exact, "int8_product_is_exact", lambda: True)
@@ -456,7 +462,7 @@ def test_a_layer_notices_that_its_weight_was_written_to(draw):
 
 @pytest.fixture
 def plain_library(monkeypatch, tmp_path):
-    """The compiled passes as a processor without AVX-512 gets them."""
+    """The compiled passes as a processor without vector instructions gets them."""
     path = tmp_path / "plain.so"
     if not build_native.compiled(native.LIBRARY.parent, path, "-DQTOOL_PLAIN"):
         pytest.skip("no C compiler")

@@ -14,38 +14,11 @@
 #define SIDE 16
 #define GROUP 64 /* bytes of sixteen columns and four inputs */
 
-/* A table of at most sixteen steps: code number k is looked up as the step it lies on. */
-typedef struct {
-    int count; /* of the steps behind the first; -1: too many, or no table */
-    int8_t before[16]; /* the last code before each step, less 128 */
-    uint8_t level[16];
-} Steps;
-
-static Steps steps_of(const uint8_t *table)
-{
-    Steps steps = {.count = table ? 0 : -1};
-    if (!table)
-        return steps;
-    steps.level[0] = table[0];
-    for (int code = 1; code < 256; code++) {
-        if (table[code] == table[code - 1])
-            continue;
-        if (steps.count == 15) {
-            steps.count = -1;
-            return steps;
-        }
-        steps.before[steps.count] = (int8_t)(code - 1 - 128);
-        steps.level[++steps.count] = table[code];
-    }
-    return steps;
-}
-
 /* A quantizer made ready for eight values at once. */
 typedef struct {
     __m256 factor, scale, inverse, zero, top;
     __m256i flip;
-    const uint8_t *table;
-    Steps steps;
+    const Quantizer *told;
 } Ready;
 
 AVX2 static Ready ready_of(const Quantizer *quantizer)
@@ -53,7 +26,7 @@ AVX2 static Ready ready_of(const Quantizer *quantizer)
     return (Ready){_mm256_set1_ps(quantizer->factor), _mm256_set1_ps(quantizer->scale),
                    _mm256_set1_ps(1.0f / quantizer->scale), _mm256_set1_ps(quantizer->zero),
                    _mm256_set1_ps(quantizer->top), _mm256_set1_epi8((char)quantizer->flip),
-                   quantizer->table, steps_of(quantizer->table)};
+                   quantizer};
 }
 
 /* Eight codes. As in `sixteen_codes`, the division is made only where it could matter. */
@@ -80,20 +53,21 @@ AVX2 static inline __m256i joined_eights(const __m256i found[4], const Ready *ho
     __m256i codes = _mm256_packus_epi16(_mm256_packs_epi32(found[0], found[1]),
                                         _mm256_packs_epi32(found[2], found[3]));
     codes = _mm256_permutevar8x32_epi32(codes, order);
-    if (how->steps.count >= 0) {
+    const Quantizer *told = how->told;
+    if (told->steps) {
         const __m256i shifted = _mm256_xor_si256(codes, _mm256_set1_epi8((char)128));
         __m256i index = _mm256_setzero_si256();
-        for (int step = 0; step < how->steps.count; step++) {
-            const __m256i before = _mm256_set1_epi8(how->steps.before[step]);
+        for (int step = 0; step + 1 < told->steps; step++) {
+            const __m256i before = _mm256_set1_epi8(told->before[step]);
             index = _mm256_sub_epi8(index, _mm256_cmpgt_epi8(shifted, before));
         }
-        const __m128i level = _mm_loadu_si128((const __m128i *)how->steps.level);
+        const __m128i level = _mm_loadu_si128((const __m128i *)told->level);
         codes = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(level), index);
-    } else if (how->table) {
+    } else if (told->table) {
         uint8_t bytes[32];
         _mm256_storeu_si256((__m256i *)bytes, codes);
         for (int i = 0; i < 32; i++)
-            bytes[i] = how->table[bytes[i]];
+            bytes[i] = told->table[bytes[i]];
         codes = _mm256_loadu_si256((const __m256i *)bytes);
     }
     return _mm256_xor_si256(codes, how->flip);
@@ -104,27 +78,26 @@ AVX2 void qtool_codes_avx2(const float *restrict x, uint8_t *restrict out, int64
                            const Quantizer *quantizer)
 {
     const Ready how = ready_of(quantizer);
-    for (int64_t start = 0; start < length; start += 32) {
-        const int64_t left = length - start;
-        float rest[32];
+    float few[32];
+    uint8_t found[32];
+    for (int64_t next = 0; next < length; next += 32) {
+        /* The last ones overlap others; where there are fewer they are copied. */
+        const int64_t start = length - next < 32 && length >= 32 ? length - 32 : next;
         const float *source = x + start;
-        if (left < 32) {
-            memset(rest, 0, sizeof rest);
-            memcpy(rest, source, (size_t)left * sizeof(float));
-            source = rest;
+        uint8_t *target = out + start;
+        if (length < 32) {
+            memset(few, 0, sizeof few);
+            memcpy(few, x, (size_t)length * sizeof(float));
+            source = few;
+            target = found;
         }
-        __m256i found[4];
+        __m256i some[4];
         for (int part = 0; part < 4; part++)
-            found[part] = eight_codes(_mm256_loadu_ps(source + 8 * part), &how);
-        const __m256i codes = joined_eights(found, &how);
-        if (left >= 32) {
-            _mm256_storeu_si256((__m256i *)(out + start), codes);
-        } else {
-            uint8_t bytes[32];
-            _mm256_storeu_si256((__m256i *)bytes, codes);
-            memcpy(out + start, bytes, (size_t)left);
-        }
+            some[part] = eight_codes(_mm256_loadu_ps(source + 8 * part), &how);
+        _mm256_storeu_si256((__m256i *)target, joined_eights(some, &how));
     }
+    if (length < 32)
+        memcpy(out, found, (size_t)length);
 }
 
 static inline int32_t word(const uint8_t *bytes)

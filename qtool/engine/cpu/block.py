@@ -16,9 +16,9 @@ from torch import Tensor
 from torch._C._nn import gelu as _gelu
 
 from qtool.engine.cpu import exact, native
-from qtool.engine.cpu.panels import PanelLinear
 from qtool.engine.cpu.attention import BLOCK_SCORES
 from qtool.engine.cpu.linear import Packed, nested_layer, packed_layer
+from qtool.engine.cpu.panels import PanelLinear
 
 MOST_TOKENS = 16384  # so many products of codes fit int32, as in `contracts.MAX_TERMS`
 MOST_DEPTH = 256  # what `native.c` holds of a row

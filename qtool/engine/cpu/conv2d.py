@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qtool.engine.cpu import exact
-from qtool.engine.cpu.panels import PanelLinear
 from qtool.engine.cpu.exact import EXACT_SUM, blocks
 from qtool.engine.cpu.linear import (
     Packed,
@@ -24,6 +23,7 @@ from qtool.engine.cpu.linear import (
     no_zeros,
     pack_levels,
 )
+from qtool.engine.cpu.panels import PanelLinear
 from qtool.engine.geometry import cuts_patches
 from qtool.engine.resident import derived
 

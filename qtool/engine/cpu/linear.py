@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qtool.engine.cpu import exact, panels
 from qtool.engine.cpu import codes as quantizers
+from qtool.engine.cpu import exact, panels
 from qtool.engine.cpu.packing import unpack_codes
 from qtool.engine.resident import derived
 

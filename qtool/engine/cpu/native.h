@@ -24,11 +24,15 @@ typedef struct {
 } Walk;
 
 /* Values are multiplied by `factor` first. Powers of two have neither zero point nor table. With
- * `flip` 128 instead of 0 codes are signed, less 128. */
+ * `flip` 128 instead of 0 codes are signed, less 128. A table of at most sixteen steps is told by
+ * them too: `steps` is their number or 0, the first begins at code 0 and each other one behind the
+ * code `before` it, less 128. */
 typedef struct {
     float factor, scale, zero, top;
     const uint8_t *table;
-    int32_t powers, flip;
+    int32_t powers, flip, steps;
+    int8_t before[16];
+    uint8_t level[16];
 } Quantizer;
 
 static inline int64_t rows_of(const Walk *walk)

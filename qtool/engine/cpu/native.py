@@ -1,4 +1,4 @@
-"""The compiled passes of `native.c`, `panels.c`, `amx.c` and `avx2.c`, where the installation could build them.
+"""The compiled passes of the C files beside this one, where the installation could build them.
 
 They are optional: without a C compiler at install time `library()` is None, and the same codes come
 out of PyTorch in more passes.
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 LIBRARY = Path(__file__).with_name("_native.so")
+MOST_STEPS = 16  # of a table that vectors look up
 
 
 class Walk(ctypes.Structure):
@@ -38,6 +39,9 @@ class Quantizer(ctypes.Structure):
         ("table", ctypes.c_void_p),
         ("powers", ctypes.c_int32),
         ("flip", ctypes.c_int32),
+        ("steps", ctypes.c_int32),
+        ("before", ctypes.c_int8 * MOST_STEPS),
+        ("level", ctypes.c_uint8 * MOST_STEPS),
     )
     kept: Tensor | None = None
 
@@ -158,8 +162,22 @@ def quantizer(
         zero is None,
         128 if signed else 0,
     )
+    if table is not None:
+        _tell_steps(found, bytes(table.numpy()))
     found.kept = table  # as long as its address is in use
     return found
+
+
+def _tell_steps(found: Quantizer, table: bytes) -> None:
+    """Write the steps of a table into a quantizer, if they are few."""
+    starts = [code for code in range(1, len(table)) if table[code] != table[code - 1]]
+    if len(starts) >= MOST_STEPS:
+        return
+    found.steps = 1 + len(starts)
+    found.level[0] = table[0]
+    for number, code in enumerate(starts):
+        found.before[number] = code - 1 - 128
+        found.level[1 + number] = table[code]
 
 
 def codes(x: Tensor, out: Tensor, how: Quantizer) -> None:
