@@ -59,8 +59,8 @@ class QuantLayerNorm(nn.Module):
 class _WholeBlock(nn.Module):
     """A transformer block as in ViT and DeiT, (B, N, C) to (B, N, C), that may run as one program.
 
-    A CPU with int8 units runs it as one program. Elsewhere its layers run one by one; with hooks
-    they run as in the float block. The result is the same.
+    A CPU with compiled passes runs it as one program. Elsewhere its layers run one by one; with
+    hooks they run as in the float block. The result is the same.
 
     Args:
         source: The block, whose layers are integer.

@@ -10,7 +10,6 @@
 
 #if X86
 #define AVX2 __attribute__((target("avx2")))
-#define ROWS 4
 #define SIDE 16
 #define GROUP 64 /* bytes of sixteen columns and four inputs */
 
@@ -98,13 +97,6 @@ AVX2 void qtool_codes_avx2(const float *restrict x, uint8_t *restrict out, int64
     }
     if (length < 32)
         memcpy(out, found, (size_t)length);
-}
-
-static inline int32_t word(const uint8_t *bytes)
-{
-    int32_t found;
-    memcpy(&found, bytes, sizeof found);
-    return found;
 }
 
 /* One group of four inputs more, in 16 bits. */
@@ -308,8 +300,9 @@ AVX2 void qtool_multiply_vectors(const PanelLayer *layer, const uint8_t *codes, 
                 shift_panel(levels, shifted, bytes, layer->shift);
                 levels = shifted;
             }
-            for (int64_t i = 0; !layer->run && i < bytes; i++)
-                wide[i] = levels[i];
+            if (!layer->run)
+                for (int64_t i = 0; i < bytes; i++)
+                    wide[i] = levels[i];
             for (int64_t row = start; row < end; row += ROWS) {
                 const int64_t rows = end - row < ROWS ? end - row : ROWS;
                 const uint8_t *places[ROWS];
@@ -356,14 +349,9 @@ AVX2 void qtool_scores_avx2(const uint8_t *queries, int64_t rows, const int16_t 
 {
     const int64_t blocks = (tokens + SIDE - 1) / SIDE, words = width / 4;
     const __m256 scales = _mm256_set1_ps(scale);
-    const uint8_t *row[ROWS];
-    int32_t added[ROWS];
+    const Rows some = rows_at(queries, width, rows, width, query_zero, shift);
     int16_t codes[ROWS * width];
-    for (int r = 0; r < ROWS; r++) {
-        row[r] = queries + (r < rows ? r : rows - 1) * width;
-        added[r] = shift * (qtool_sum_of_codes(row[r], width) - (int32_t)width * query_zero);
-    }
-    widen_codes(row, codes, width);
+    widen_codes(some.codes, codes, width);
     for (int64_t block = 0; block < blocks; block++) {
         const int64_t start = block * SIDE, left = tokens - start < SIDE ? tokens - start : SIDE;
         int32_t sums[ROWS * SIDE];
@@ -375,7 +363,7 @@ AVX2 void qtool_scores_avx2(const uint8_t *queries, int64_t rows, const int16_t 
                 const __m256i *column = (const __m256i *)(columns + start + 8 * half);
                 const __m256i sum =
                     _mm256_add_epi32(_mm256_loadu_si256(found), _mm256_loadu_si256(column));
-                const __m256i whole = _mm256_add_epi32(sum, _mm256_set1_epi32(added[r]));
+                const __m256i whole = _mm256_add_epi32(sum, _mm256_set1_epi32(some.added[r]));
                 _mm256_storeu_ps(values + 8 * half,
                                  _mm256_mul_ps(_mm256_cvtepi32_ps(whole), scales));
             }
@@ -402,21 +390,16 @@ AVX2 void qtool_attended_avx2(const uint8_t *probabilities, int64_t stride, int6
                               int64_t width, int32_t zero, int32_t shift, float *out)
 {
     const int64_t groups = (tokens + 3) / 4;
-    const uint8_t *row[ROWS];
-    int32_t added[ROWS];
+    const Rows some = rows_at(probabilities, stride, rows, tokens, zero, shift);
     int16_t codes[ROWS * 4 * groups];
-    for (int r = 0; r < ROWS; r++) {
-        row[r] = probabilities + (r < rows ? r : rows - 1) * stride;
-        added[r] = shift * (qtool_sum_of_codes(row[r], tokens) - (int32_t)tokens * zero);
-    }
-    widen_codes(row, codes, 4 * groups);
+    widen_codes(some.codes, codes, 4 * groups);
     for (int64_t column = 0; column < width; column += SIDE) {
         int32_t sums[ROWS * SIDE];
         wide_sums(codes, 4 * groups, packed + column / SIDE * groups * GROUP, groups, sums);
         for (int64_t r = 0; r < rows; r++)
             for (int64_t i = 0; i < SIDE; i++)
                 out[r * width + column + i] =
-                    (float)(sums[r * SIDE + i] + columns[column + i] + added[r]);
+                    (float)(sums[r * SIDE + i] + columns[column + i] + some.added[r]);
     }
 }
 #endif

@@ -1,4 +1,4 @@
-"""A whole transformer block on a CPU with int8 units: straight from layer to layer.
+"""A whole transformer block on a CPU with compiled passes: straight from layer to layer.
 
 The arithmetic is that of `layer_norm_quantize`, `linear_quantize`, `attention` and `linear` one
 after another, to the last bit. What is saved is everything around it: checks, views, memory and

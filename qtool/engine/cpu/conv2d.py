@@ -1,4 +1,4 @@
-"""Fast CPU versions of convolutions: oneDNN on int8 units, else float32 whose sums stay exact."""
+"""Fast CPU versions of convolutions: panels over patches, oneDNN, or exact sums in float32."""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ def packed_layer(
     weight_bits: int,
     in_features: int,
 ) -> Packed | panels.PanelLinear | None:
-    """A layer laid out for tiles or for oneDNN, or None where it takes another way."""
+    """A layer in panels or laid out for oneDNN, or None where it takes another way."""
     packed = _packed(x_scale, x_zero, weight, weight_zero, weight_bits, in_features)
     if packed is None:
         return None
@@ -192,7 +192,7 @@ def _packed(
     weight_bits: int,
     in_features: int,
 ) -> PackedWeight | None:
-    """The weight as tiles or oneDNN want it, or None where the layer takes another way."""
+    """The weight in panels or as oneDNN wants it, or None where the layer takes another way."""
     if not multiplies(in_features) or x_scale.numel() != 1 or x_zero.numel() != 1:
         return None
     return derived(_packing(weight_bits, in_features), weight, weight_zero)
@@ -346,7 +346,7 @@ def nested_layer(
 ) -> Packed | panels.PanelLinear | None:
     """A layer of nested codes laid out for this CPU, or None where it takes another way.
 
-    On tiles all widths share one layout. For oneDNN each has its own, and 8 bits have none: their
+    In panels all widths share one layout. For oneDNN each has its own, and 8 bits have none: their
     levels do not fit a byte.
     """
     fits = weight.numel() and x_scale.numel() == 1 and x_zero.numel() == 1

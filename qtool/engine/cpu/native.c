@@ -103,6 +103,24 @@ static void powers_of_row(const float *x, float *out, int64_t length, const Quan
     }
 }
 
+/* Tell a table's steps, if they are few. */
+void qtool_tell_steps(Quantizer *quantizer)
+{
+    const uint8_t *table = quantizer->table;
+    quantizer->level[0] = table[0];
+    quantizer->steps = 1;
+    for (int code = 1; code < 256; code++) {
+        if (table[code] == table[code - 1])
+            continue;
+        if (quantizer->steps == 16) {
+            quantizer->steps = 0;
+            return;
+        }
+        quantizer->before[quantizer->steps - 1] = (int8_t)(code - 1 - 128);
+        quantizer->level[quantizer->steps++] = table[code];
+    }
+}
+
 /* Rows are handed to threads in runs, so that places are worked out once a run. */
 static inline int64_t run_length(int64_t rows, int threads)
 {
@@ -168,15 +186,7 @@ int qtool_has_products(void)
 
 #if X86
 #define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
-#define ROWS 4  /* rows of the left factor that one pass over the right one serves */
 #define LANES 16 /* sums of a vector */
-
-static inline int32_t word(const void *bytes)
-{
-    int32_t found;
-    memcpy(&found, bytes, sizeof found);
-    return found;
-}
 
 /* Keys of a head, blocks of sixteen side by side: four bytes of each in turn, zeros past the last
  * one. `columns` gets what every query loses to the zero point of the queries. */
@@ -221,23 +231,18 @@ VNNI static void scores_of_rows(const uint8_t *queries, int64_t rows, const int3
 {
     const int64_t blocks = (tokens + LANES - 1) / LANES, words = width / 4;
     const __m512 scales = _mm512_set1_ps(scale);
-    const uint8_t *row[ROWS];
-    int32_t added[ROWS];
-    for (int r = 0; r < ROWS; r++) {
-        row[r] = queries + (r < rows ? r : rows - 1) * width;
-        added[r] = shift * (qtool_sum_of_codes(row[r], width) - (int32_t)width * query_zero);
-    }
+    const Rows some = rows_at(queries, width, rows, width, query_zero, shift);
     for (int64_t block = 0; block < blocks; block += 2) {
         const int32_t *first = packed + block * words * LANES;
         const int32_t *second = block + 1 < blocks ? first + words * LANES : first;
         __m512i sums[ROWS][2];
         for (int r = 0; r < ROWS; r++)
-            sums[r][0] = sums[r][1] = _mm512_set1_epi32(added[r]);
+            sums[r][0] = sums[r][1] = _mm512_set1_epi32(some.added[r]);
         for (int64_t i = 0; i < words; i++) {
             const __m512i left = _mm512_loadu_si512(first + i * LANES);
             const __m512i right = _mm512_loadu_si512(second + i * LANES);
             for (int r = 0; r < ROWS; r++) {
-                const __m512i codes = _mm512_set1_epi32(word(row[r] + 4 * i));
+                const __m512i codes = _mm512_set1_epi32(word(some.codes[r] + 4 * i));
                 sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], codes, left);
                 sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], codes, right);
             }
@@ -289,23 +294,18 @@ VNNI static void attended_of_rows(const uint8_t *probabilities, int64_t stride, 
                                   int64_t width, int32_t zero, int32_t shift, float *out)
 {
     const int64_t groups = (tokens + 3) / 4;
-    const uint8_t *row[ROWS];
-    int32_t added[ROWS];
-    for (int r = 0; r < ROWS; r++) {
-        row[r] = probabilities + (r < rows ? r : rows - 1) * stride;
-        added[r] = shift * (qtool_sum_of_codes(row[r], tokens) - (int32_t)tokens * zero);
-    }
+    const Rows some = rows_at(probabilities, stride, rows, tokens, zero, shift);
     for (int64_t start = 0; start < width; start += 2 * LANES) {
         const int64_t next = start + LANES < width ? LANES : 0;
         __m512i sums[ROWS][2];
         for (int r = 0; r < ROWS; r++)
-            sums[r][0] = sums[r][1] = _mm512_set1_epi32(added[r]);
+            sums[r][0] = sums[r][1] = _mm512_set1_epi32(some.added[r]);
         for (int64_t group = 0; group < groups; group++) {
             const int8_t *place = packed + (group * width + start) * 4;
             const __m512i left = _mm512_loadu_si512(place);
             const __m512i right = _mm512_loadu_si512(place + 4 * next);
             for (int r = 0; r < ROWS; r++) {
-                const __m512i codes = _mm512_set1_epi32(word(row[r] + 4 * group));
+                const __m512i codes = _mm512_set1_epi32(word(some.codes[r] + 4 * group));
                 sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], codes, left);
                 sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], codes, right);
             }

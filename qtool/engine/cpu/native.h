@@ -71,8 +71,37 @@ static inline void step(const Walk *walk, Place *place)
 /* The sum of some codes. */
 int32_t qtool_sum_of_codes(const uint8_t *codes, int64_t length);
 
+#define ROWS 4 /* rows of the left factor that one pass over the right one serves */
+
+/* The rows of an attention product that are multiplied at once: where each begins, the last one
+ * again behind the end, and what the zero points of both factors add to its sums. */
+typedef struct {
+    const uint8_t *codes[ROWS];
+    int32_t added[ROWS];
+} Rows;
+
+static inline Rows rows_at(const uint8_t *codes, int64_t stride, int64_t rows, int64_t length,
+                           int32_t zero, int32_t shift)
+{
+    Rows found;
+    for (int r = 0; r < ROWS; r++) {
+        found.codes[r] = codes + (r < rows ? r : rows - 1) * stride;
+        const int32_t sum = qtool_sum_of_codes(found.codes[r], length);
+        found.added[r] = shift * (sum - (int32_t)length * zero);
+    }
+    return found;
+}
+
+/* Four bytes as they lie. */
+static inline int32_t word(const void *bytes)
+{
+    int32_t found;
+    memcpy(&found, bytes, sizeof found);
+    return found;
+}
+
 #if X86
-/* What `avx2.c` has for CPUs without AVX-512. */
+/* What `avx2.c` has for CPUs without AVX-512 VNNI, or without VBMI. */
 void qtool_codes_avx2(const float *x, uint8_t *out, int64_t length, const Quantizer *quantizer);
 void qtool_pack_keys_avx2(const int8_t *keys, int16_t *packed, int32_t *columns, int64_t tokens,
                           int64_t width, int32_t query_zero);

@@ -72,6 +72,7 @@ def library() -> Any:  # noqa: ANN401  (a CDLL, or None)
         real, go, how = ctypes.c_float, ctypes.POINTER(Walk), ctypes.POINTER(Quantizer)
         found.qtool_codes.argtypes = (*(pointer, pointer, go, how), *(step, step, step, number))
         found.qtool_powers.argtypes = (pointer, step, step, how, number)
+        found.qtool_tell_steps.argtypes = (how,)
         found.qtool_widen.argtypes = (pointer, pointer, go, real, number)
         if found.qtool_has_vectors():  # as every CPU with tiles has
             layer = ctypes.POINTER(PanelLayer)
@@ -163,21 +164,9 @@ def quantizer(
         128 if signed else 0,
     )
     if table is not None:
-        _tell_steps(found, bytes(table.numpy()))
+        library().qtool_tell_steps(found)
     found.kept = table  # as long as its address is in use
     return found
-
-
-def _tell_steps(found: Quantizer, table: bytes) -> None:
-    """Write the steps of a table into a quantizer, if they are few."""
-    starts = [code for code in range(1, len(table)) if table[code] != table[code - 1]]
-    if len(starts) >= MOST_STEPS:
-        return
-    found.steps = 1 + len(starts)
-    found.level[0] = table[0]
-    for number, code in enumerate(starts):
-        found.before[number] = code - 1 - 128
-        found.level[1 + number] = table[code]
 
 
 def codes(x: Tensor, out: Tensor, how: Quantizer) -> None:
