@@ -12,7 +12,7 @@ from qtool.errors import UsageError
 from qtool.settings.base import Effort, WriterSettings
 
 SynthesisMethod = Literal["spdfq", "psaq", "noise"]
-SynthesisPart = Literal["alignment", "patches", "soft-labels"]
+SynthesisPart = Literal["alignment", "patches", "soft-labels", "spectrum"]
 
 
 class SynthesizeSettings(WriterSettings):
@@ -44,7 +44,8 @@ class SynthesizeSettings(WriterSettings):
     ablate: tuple[SynthesisPart, ...] = Field(
         default=(),
         description="Leave out a part of spdfq: alignment (of attention with priors), patches "
-        "(blown up, with classes of their own), soft-labels; repeat for more.",
+        "(blown up, with classes of their own), soft-labels, spectrum (of photographs, for the "
+        "noise to start from); repeat for more.",
     )
 
     @model_validator(mode="after")

@@ -12,7 +12,8 @@ points from the float model, same pictures, same machine. Below the table stands
 agreement that `quantize` reports without labels tells accuracy.
 
 Images are noise, psaq or spdfq; spdfq with some of its parts alone, as spdfq.apa.msr (attention
-alignment, blown-up patches, sl for soft labels) or spdfq.bare; or the name of real `--pictures`.
+alignment, blown-up patches, sl for soft labels) or spdfq.bare; either from white noise, as in
+spdfq.bare.white and spdfq.white; or the name of real `--pictures`.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from qtool.settings.synthesize import SynthesizeSettings
 
 METHODS = ("noise", "psaq", "spdfq")
 PARTS = {"apa": "alignment", "msr": "patches", "sl": "soft-labels"}
+WHITE = {"white": "spectrum"}
 FLOAT = "float"
 
 
@@ -145,7 +147,9 @@ def accuracy(options: argparse.Namespace, target: str) -> dict[str, Any]:
 def synthesize(options: argparse.Namespace, cell: Cell) -> dict[str, Any]:
     """The image set of a cell."""
     method, *parts = cell.images.split(".")
-    wanted = [PARTS[part] for part in parts if part != "bare"] if parts else PARTS.values()
+    white = [WHITE[part] for part in parts if part in WHITE]
+    named = [part for part in parts if part not in WHITE]
+    wanted = [PARTS[part] for part in named if part != "bare"] if named else PARTS.values()
     settings = SynthesizeSettings(
         model=options.model,
         weights=options.weights,
@@ -153,7 +157,7 @@ def synthesize(options: argparse.Namespace, cell: Cell) -> dict[str, Any]:
         effort=options.effort,
         count=options.count,
         seed=cell.seed,
-        ablate=tuple(part for part in PARTS.values() if part not in wanted),
+        ablate=(*(part for part in PARTS.values() if part not in wanted), *white),
         out=options.work / str(cell.synthetic),
         resume=True,
         overwrite=True,

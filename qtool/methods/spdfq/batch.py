@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qtool.errors import CheckpointError
+from qtool.methods.recording import Recorded
 from qtool.methods.spdfq import losses, statistics
 from qtool.methods.spdfq.priors import (
     Box,
@@ -28,7 +29,7 @@ from qtool.methods.spdfq.taps import summary_rows, tapped, unfused
 from qtool.models.vision import AttentionSite, Layout
 
 Method = Literal["spdfq", "psaq", "noise"]
-Part = Literal["alignment", "patches", "soft-labels"]
+Part = Literal["alignment", "patches", "soft-labels", "spectrum"]
 
 ROUNDS = 2
 """The schedule restarts once, with twice the jitter (PSAQ-ViT)."""
@@ -69,7 +70,8 @@ class SynthesisConfig:
             mean over a draw estimates the mean over all, at a fraction of the cost.
         bfloat16: Run the network's matrix products in bfloat16.
         ablate: Parts of `spdfq` to leave out: attention alignment (APA) or what stands for it,
-            blown-up patches (MSR), soft labels (SL).
+            blown-up patches (MSR), soft labels (SL), the spectrum of photographs in the noise that
+            it starts from (ours; the other methods start from white noise, as the papers do).
     """
 
     method: Method = "spdfq"
@@ -160,7 +162,7 @@ class BatchSynthesizer:
         channel = (1, -1, 1, 1)
         scale = torch.tensor(std).view(channel)
         offset = torch.tensor(mean).view(channel)
-        if config.method == "spdfq":
+        if config.method == "spdfq" and "spectrum" not in config.ablate:
             drawn = natural_noise(count, size=size, generator=self._generator)
             start = ((BRIGHTNESS + CONTRAST * drawn).clamp(0.0, 1.0) - offset) / scale
         else:
@@ -170,6 +172,17 @@ class BatchSynthesizer:
         self._high = ((1.0 - offset) / scale).to(self.device)
         self._draw_targets(count, num_classes)
         self.optimizer = torch.optim.Adam([self.pixels], lr=0.0, betas=(0.5, 0.9), eps=1e-8)
+        self._gradient = self._recorded()
+
+    def _recorded(self) -> Recorded:
+        """`_compute`, which a GPU replays unless the entropy looks at its own values on the way."""
+        reads_back = self.config.method == "psaq" or self.config.entropy_weight
+        return Recorded(self._compute, active=self.device.type == "cuda" and not reads_back)
+
+    @property
+    def replays(self) -> bool:
+        """Whether the last step replayed a CUDA graph."""
+        return self._gradient.replays
 
     def _draw_targets(self, count: int, num_classes: int) -> None:
         generator = self._generator
@@ -249,6 +262,8 @@ class BatchSynthesizer:
         self.history = [
             dict(zip(self._terms(), row, strict=True)) for row in state["history"].tolist()
         ]
+        # A graph would hold on to the priors and the weight of before.
+        self._gradient = self._recorded()
         priors = [name for name in state if name.startswith("prior.")]
         self.priors = [state[f"prior.{index}"].to(self.device) for index in range(len(priors))]
         moments = {k.removeprefix(MOMENTS): v for k, v in state.items() if k.startswith(MOMENTS)}
@@ -303,29 +318,63 @@ class BatchSynthesizer:
     def _prior_generator(self) -> torch.Generator:
         return _seeded(int(self._generator.initial_seed()) * 64 + len(self.priors))
 
-    def _spdfq_terms(self, images: Tensor) -> dict[str, Tensor]:
+    def _seen(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What the network sees in this step, `images` and some patches, and the targets of it."""
+        if self.config.method != "spdfq":
+            return torch.cat((images,)), self.labels
         drawn = self._drawn_boxes()
         patches = self._jitter(magnified(self.pixels, [self.boxes[i] for i in drawn]))
+        return torch.cat((images, patches)), torch.cat((self.labels, self._patch_labels[drawn]))
+
+    def _compute(self, inputs: Tensor, targets: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Loss terms of what the network sees, and their gradient.
+
+        The same operations every time, and from the second time on nothing is read back, so that
+        a GPU can replay them.
+
+        Args:
+            inputs: Images, then patches, (B, 3, H, W).
+            targets: Soft labels, (B, C).
+
+        Returns:
+            The terms by name, scalars, and the gradient of `inputs`.
+        """
+        inputs = inputs.detach().requires_grad_(True)
+        spdfq = self.config.method == "spdfq"
+        terms = (self._spdfq_terms if spdfq else self._psaq_terms)(inputs, targets)
+        total = terms["classification"]
+        if "entropy" in terms:
+            total = total - (self.config.entropy_weight if spdfq else 1.0) * terms["entropy"]
+        guide = terms.get("alignment", terms.get("statistics"))
+        if guide is not None:
+            if self.alignment_weight is None:
+                self.alignment_weight = _level(terms["classification"], guide)
+            total = total + self.alignment_weight * guide
+        (gradient,) = torch.autograd.grad(total, inputs)
+        return {name: value.detach() for name, value in terms.items()}, gradient
+
+    def _spdfq_terms(self, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        count = len(self.labels)
         diverse = self.layout.attentions if self.config.entropy_weight else ()
         with (
             unfused(self.model, self._open_sites()),
             tapped(self.model, [site.name for site in self._sites], source="attn_drop") as caught,
             tapped(self.model, [site.name for site in diverse], source="proj") as attended,
-            statistics.measured(self.model, self._norms, count=len(images)) as distances,
+            statistics.measured(self.model, self._norms, count=count) as distances,
         ):
-            logits = self._forward(torch.cat((images, patches)))
-        classified = losses.soft_cross_entropy(logits[: len(images)], self.labels)
-        if len(patches):
-            wanted = self._patch_labels[drawn]
-            classified = classified + losses.soft_cross_entropy(logits[len(images) :], wanted)
-        total = len(images) + len(patches)
+            logits = self._forward(inputs)
+        classified = losses.soft_cross_entropy(logits[:count], targets[:count])
+        if len(inputs) > count:
+            patches = losses.soft_cross_entropy(logits[count:], targets[count:])
+            classified = classified + patches
+        share = count / len(inputs)
         terms: dict[str, Tensor] = {}
         if self._sites:
-            terms["alignment"] = self._alignment(caught, share=len(images) / total)
+            terms["alignment"] = self._alignment(caught, share=share)
         elif distances:
             terms["statistics"] = torch.stack(distances).mean()
         if attended:
-            terms["entropy"] = self._entropy(attended, diverse, share=len(images) / total)
+            terms["entropy"] = self._entropy(attended, diverse, share=share)
         return terms | {"classification": classified}
 
     def _alignment(self, caught: list[Tensor], *, share: float) -> Tensor:
@@ -366,15 +415,15 @@ class BatchSynthesizer:
             entropy = entropy + losses.patch_similarity_entropy(counted)
         return entropy
 
-    def _psaq_terms(self, images: Tensor) -> dict[str, Tensor]:
+    def _psaq_terms(self, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         with (
             unfused(self.model, self._open_sites()),
             tapped(self.model, [site.name for site in self._sites], source="proj") as caught,
         ):
-            logits = self._forward(images)
+            logits = self._forward(inputs)
         return {
             "entropy": self._entropy(caught, self._sites),
-            "classification": losses.soft_cross_entropy(logits, self.labels),
+            "classification": losses.soft_cross_entropy(logits, targets),
         }
 
     def step(self) -> dict[str, float] | None:
@@ -383,26 +432,18 @@ class BatchSynthesizer:
         rate = learning_rate_at(self.step_index, steps=config.steps, peak=config.learning_rate)
         self.optimizer.param_groups[0]["lr"] = rate
         images = self._jitter(self.pixels)
-        terms = self._spdfq_terms(images) if config.method == "spdfq" else self._psaq_terms(images)
+        inputs, targets = self._seen(images)
+        terms, gradient = self._gradient(inputs.detach(), targets)
         variation = (losses.total_variation(images) - self._variation).abs()
-        total = terms["classification"] + config.variation_weight * variation
-        if "entropy" in terms:
-            weight = 1.0 if config.method == "psaq" else config.entropy_weight
-            total = total - weight * terms["entropy"]
-        guide = terms.get("alignment", terms.get("statistics"))
-        if guide is not None:
-            if self.alignment_weight is None:
-                self.alignment_weight = _level(terms["classification"], guide)
-            total = total + self.alignment_weight * guide
         self.optimizer.zero_grad()
-        total.backward()
+        torch.autograd.backward((inputs, config.variation_weight * variation), (gradient, None))
         self.optimizer.step()
         with torch.no_grad():
             self.pixels.copy_(torch.minimum(torch.maximum(self.pixels, self._low), self._high))
         self.step_index += 1
         if self.step_index % _CHECKPOINT_EVERY and self.step_index not in (1, config.steps):
             return None
-        record = {name: float(value.detach()) for name, value in terms.items()}
+        record = {name: float(value) for name, value in terms.items()}
         record |= {"step": float(self.step_index), "variation": float(variation.detach())}
         self.history.append(record)
         return record

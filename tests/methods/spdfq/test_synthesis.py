@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qtool.errors import CheckpointError
 from qtool.methods.spdfq import batch as batches
@@ -93,10 +95,10 @@ def test_patch_similarity_entropy_can_join_attention_alignment(vit):
     assert not torch.equal(plain.images, joined.images)
 
 
-PARTS = ("alignment", "patches", "soft-labels")
+PARTS = ("alignment", "patches", "soft-labels", "spectrum")
 
 
-@pytest.mark.parametrize("kept", [(), *((part,) for part in PARTS), PARTS[:2], PARTS[1:], PARTS])
+@pytest.mark.parametrize("kept", [(), *((part,) for part in PARTS), PARTS[:2], PARTS[1:3], PARTS])
 def test_each_part_can_be_left_out_alone_or_with_others(vit, kept):
     made = run(vit, ablate=tuple(part for part in PARTS if part not in kept))
     assert bool(made.priors) == ("alignment" in made.history[0]) == ("alignment" in kept)
@@ -417,3 +419,95 @@ def test_a_resumed_run_keeps_priors_and_history(vit, monkeypatch, method):
     assert set(resumed.priors) == set(whole.priors)
     for name, prior in whole.priors.items():
         assert torch.equal(resumed.priors[name], prior)
+
+
+def test_pixels_start_with_the_spectrum_of_photographs_or_without(vit):
+    natural, white = (batch(vit, ablate=ablate).pixels for ablate in ((), ("spectrum",)))
+    smoothness = [
+        float(torch.corrcoef(torch.stack([x[..., 1:].flatten(), x[..., :-1].flatten()]))[0, 1])
+        for x in (natural.detach(), white.detach())
+    ]
+    assert smoothness[0] > 0.5
+    assert abs(smoothness[1]) < 0.1
+
+
+class Operations(TorchDispatchMode):
+    """Takes down what is computed, with the shapes of the results."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        shape = tuple(result.shape) if isinstance(result, torch.Tensor) else None
+        self.seen.append((str(function), shape))
+        return result
+
+
+@pytest.mark.parametrize("patches", [None, COUNT])
+def test_steps_can_be_replayed_as_a_graph(vit, patches):
+    synthesizer = batch(vit, patches_per_step=patches)
+    synthesizer.step()
+    seen = []
+    for seed in range(2):
+        generator = torch.Generator().manual_seed(seed)
+        inputs = torch.randn((2 * COUNT, 3, 32, 32), generator=generator)
+        targets = torch.randn((2 * COUNT, 10), generator=generator).softmax(dim=1)
+        with Operations() as operations:
+            synthesizer._compute(inputs, targets)
+        seen.append(operations.seen)
+    assert seen[0] == seen[1]
+    names = {name for name, _ in seen[0]}
+    # What reads values back, gives results of unknown size, or brings constants from the host.
+    for forbidden in ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "unique"):
+        assert not [name for name in names if forbidden in name], forbidden
+
+
+def test_steps_touch_nothing_outside_of_the_device(vit):
+    synthesizer = batch(vit)
+    synthesizer.step()
+    mode = FakeTensorMode()
+
+    def on_gpu(x):
+        return FakeTensor(mode, x.detach().to("meta"), torch.device("cuda"))
+
+    for module in vit.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, torch.nn.Parameter(on_gpu(parameter), requires_grad=False))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, on_gpu(buffer))
+    synthesizer.device = torch.device("cuda")
+    synthesizer.labels = on_gpu(synthesizer.labels)
+    synthesizer.priors = [on_gpu(prior) for prior in synthesizer.priors]
+    inputs, targets = on_gpu(torch.zeros(2 * COUNT, 3, 32, 32)), on_gpu(torch.zeros(2 * COUNT, 10))
+    with mode, torch.no_grad():
+        terms = synthesizer._spdfq_terms(inputs, targets)
+    assert {name: value.device.type for name, value in terms.items()} == {
+        "alignment": "cuda",
+        "classification": "cuda",
+    }
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_replays_steps_to_the_same_images(vit, device):
+    config = {"steps": 12, "patches_per_step": COUNT}
+    replayed, called = (batch(vit.to(device), **config) for _ in range(2))
+    called._gradient.active = False
+    for _ in range(12):
+        replayed.step()
+        called.step()
+    assert replayed.replays
+    assert not called.replays
+    torch.testing.assert_close(replayed.pixels, called.pixels, atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("config", "recorded"),
+    [({}, True), ({"method": "psaq"}, False), ({"entropy_weight": 1}, False)],
+)
+def test_a_gpu_records_steps_that_read_nothing_back(vit, config, recorded):
+    synthesizer = batch(vit, **config)
+    assert not synthesizer._gradient.active
+    synthesizer.device = torch.device("cuda")
+    assert synthesizer._recorded().active == recorded
