@@ -275,16 +275,19 @@ AVX2 static void shift_panel(const int8_t *panel, int8_t *out, int64_t bytes, in
 
 AVX2 void qtool_multiply_vectors(const PanelLayer *layer, const uint8_t *codes, int64_t first_row,
                                  int64_t last_row, int64_t first_panel, int64_t last_panel,
-                                 const Target *target)
+                                 const Target *target, uint8_t *room)
 {
     const int64_t depth = layer->depth, groups = depth / 4, bytes = groups * GROUP;
-    const int64_t most = CACHED / depth / BLOCK * BLOCK + BLOCK;
+    const int64_t most = rows_at_once(depth);
     int8_t shifted[layer->shift ? bytes : 1];
     int16_t wide[layer->run ? 1 : bytes], wide_codes[layer->run ? 1 : ROWS * depth];
     const Quantizer *quantizer = NULL, *known = NULL;
     Ready how;
     for (int64_t start = first_row; start < last_row; start += most) {
         const int64_t end = start + most < last_row ? start + most : last_row;
+        const uint8_t *block = target->window ? room : codes + start * depth;
+        for (int64_t row = start; target->window && row < end; row++)
+            qtool_gather(target->window, codes, row, room + (row - start) * depth, depth);
         for (int64_t panel = first_panel; panel < last_panel; panel++) {
             const int8_t *levels = layer->panels + panel * bytes;
             const int64_t column = panel * SIDE;
@@ -308,7 +311,7 @@ AVX2 void qtool_multiply_vectors(const PanelLayer *layer, const uint8_t *codes, 
                 const uint8_t *places[ROWS];
                 int32_t sums[ROWS * SIDE] __attribute__((aligned(32)));
                 for (int r = 0; r < ROWS; r++)
-                    places[r] = codes + (row + (r < rows ? r : rows - 1)) * depth;
+                    places[r] = block + (row - start + (r < rows ? r : rows - 1)) * depth;
                 if (layer->run) {
                     narrow_sums(places, levels, groups, layer->run, sums);
                 } else {

@@ -11,7 +11,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 FOLDER = Path("qtool/engine/cpu")
-SOURCES = ("native.c", "panels.c", "amx.c", "avx2.c")
+SOURCES = ("native.c", "panels.c", "amx.c", "avx2.c", "depthwise.c")
 # Fused or reordered floating-point operations would change codes.
 FLAGS = ("-O3", "-std=c11", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno")
 VARIANTS = (("-fno-trapping-math", "-fopenmp"), ("-fopenmp",), ())

@@ -1,4 +1,4 @@
-"""Fast CPU versions of convolutions: panels over patches, oneDNN, or exact sums in float32."""
+"""Fast CPU versions of convolutions: panels, oneDNN, or exact sums in float32."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from qtool.engine.cpu.linear import (
     pack_levels,
 )
 from qtool.engine.cpu.panels import PanelLinear
+from qtool.engine.cpu.windows import convolve
 from qtool.engine.geometry import cuts_patches
 from qtool.engine.resident import derived
 
@@ -54,6 +55,16 @@ def conv2d(
             if levels is not None:
                 scale = derived(both_scales, weight_scale, x_scale)
                 return _over_patches(x, layer_of(levels, scale, bias, int(x_zero)), kernel)
+        found = convolve(
+            *(x, x_scale, x_zero, weight, weight_scale, weight_zero, bias, weight_bits),
+            kernel=kernel,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+        )
+        if found is not None:
+            return found
     if exact.has_int8_units() and x.numel() and len(weight):
         geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
         packing = _packing(weight_bits, shape, *geometry)
@@ -82,7 +93,7 @@ def conv2d(
     sums = next(parts)
     for part in parts:
         sums = sums.double() + part
-    y = sums.float().contiguous().mul_((x_scale * weight_scale).view(-1, 1, 1))
+    y = sums.float().mul_((x_scale * weight_scale).view(-1, 1, 1))
     return y if bias is None else y.add_(bias.view(-1, 1, 1))
 
 
@@ -184,7 +195,7 @@ def _exact_depth(codes: Tensor, levels: Tensor, depth: int) -> int:
     """
     if not codes.numel() or not levels.numel():
         return depth
-    low, high = codes.aminmax()
+    low, high = codes.permute(0, 2, 3, 1).aminmax()  # as they lie, mostly; else it is a copy
     reach = max(-float(low), float(high))
     if float(levels.abs().sum(dim=1).amax()) * reach <= EXACT_SUM:
         return depth

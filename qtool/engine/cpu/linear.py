@@ -209,13 +209,13 @@ def _packing(bits: int, in_features: int) -> Callable[[Tensor, Tensor], PackedWe
 
 def int8_levels(weight: Tensor, weight_zero: Tensor, bits: int, in_features: int) -> Tensor | None:
     """Weight codes less their zero points as int8 (N, K), or None where they reach beyond."""
-    levels = _levels(weight, weight_zero, bits, in_features)
+    levels = weight_levels(weight, weight_zero, bits, in_features)
     if not levels.numel() or levels.min() < INT8.min or levels.max() > INT8.max:
         return None
     return levels.to(torch.int8)
 
 
-def _levels(weight: Tensor, weight_zero: Tensor, bits: int, in_features: int) -> Tensor:
+def weight_levels(weight: Tensor, weight_zero: Tensor, bits: int, in_features: int) -> Tensor:
     """Weight codes less their zero points, int16 (N, K)."""
     codes = unpack_codes(weight, bits, in_features).to(torch.int16)
     return codes.sub_(weight_zero.to(torch.int16).unsqueeze(1))
@@ -226,7 +226,7 @@ def float_levels(bits: int, in_features: int) -> Callable[[Tensor, Tensor], Tens
     """Weight levels (K, N) in float32, from packed rows and zero points."""
 
     def levels(weight: Tensor, weight_zero: Tensor) -> Tensor:
-        return _levels(weight, weight_zero, bits, in_features).float().t()
+        return weight_levels(weight, weight_zero, bits, in_features).float().t()
 
     return levels
 

@@ -35,6 +35,13 @@ typedef struct {
     uint8_t level[16];
 } Quantizer;
 
+/* What a convolution reads: pictures of codes (size[0], size[1], channels), at places (found[0],
+ * found[1]) of each, down and across; outside of a picture lie codes `zero`. */
+typedef struct {
+    int64_t pictures, channels, size[2], found[2], kernel[2], stride[2], padding[2], dilation[2];
+    int64_t zero;
+} Window;
+
 static inline int64_t rows_of(const Walk *walk)
 {
     return walk->size[0] * walk->size[1] * walk->size[2];

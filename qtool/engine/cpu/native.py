@@ -46,6 +46,27 @@ class Quantizer(ctypes.Structure):
     kept: Tensor | None = None
 
 
+class Window(ctypes.Structure):
+    """What a convolution reads; see `native.h`."""
+
+    _fields_ = (
+        ("pictures", ctypes.c_int64),
+        ("channels", ctypes.c_int64),
+        ("size", ctypes.c_int64 * 2),
+        ("found", ctypes.c_int64 * 2),
+        ("kernel", ctypes.c_int64 * 2),
+        ("stride", ctypes.c_int64 * 2),
+        ("padding", ctypes.c_int64 * 2),
+        ("dilation", ctypes.c_int64 * 2),
+        ("zero", ctypes.c_int64),
+    )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Pictures, and places down and across."""
+        return self.pictures, *self.found
+
+
 class PanelLayer(ctypes.Structure):
     """A linear layer in panels; see `panels.h`."""
 
@@ -79,6 +100,10 @@ def library() -> Any:  # noqa: ANN401  (a CDLL, or None)
             shared = (layer, pointer, step, pointer)
             found.qtool_panel_values.argtypes = (*shared, pointer, pointer, number)
             found.qtool_panel_codes.argtypes = (*shared, pointer, go, how, step, step, number)
+            window = ctypes.POINTER(Window)
+            found.qtool_panel_windows.argtypes = (layer, window, pointer, pointer, pointer, number)
+            found.qtool_window_room.argtypes, found.qtool_window_room.restype = (step,), step
+            found.qtool_depthwise.argtypes = (window, *(pointer,) * 7, number)
         if found.qtool_has_products():
             found.qtool_scores.argtypes = (
                 *(pointer, pointer, pointer, step, step, step),

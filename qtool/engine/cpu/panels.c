@@ -16,10 +16,47 @@
 #define WIDE_PANEL 32   /* columns of a panel for tiles */
 #define NARROW_PANEL 16 /* and for vectors */
 
+void qtool_gather(const Window *window, const uint8_t *x, int64_t place, uint8_t *out,
+                  int64_t length)
+{
+    const int64_t height = window->size[0], width = window->size[1], channels = window->channels;
+    const int64_t across = window->kernel[1], apart = window->dilation[1];
+    const int64_t line = place / window->found[1];
+    const int64_t top = line % window->found[0] * window->stride[0] - window->padding[0];
+    const int64_t left = place % window->found[1] * window->stride[1] - window->padding[1];
+    const uint8_t *picture = x + line / window->found[0] * height * width * channels;
+    const int whole = left >= 0 && left + (across - 1) * apart < width && apart == 1;
+    const uint8_t *end = out + length;
+    for (int64_t down = 0; down < window->kernel[0]; down++) {
+        const int64_t y = top + down * window->dilation[0];
+        const uint8_t *row = picture + y * width * channels;
+        if (y < 0 || y >= height) {
+            memset(out, (int)window->zero, (size_t)(across * channels));
+        } else if (whole) {
+            memcpy(out, row + left * channels, (size_t)(across * channels));
+        } else {
+            for (int64_t i = 0; i < across; i++) {
+                const int64_t at = left + i * apart;
+                if (at >= 0 && at < width)
+                    memcpy(out + i * channels, row + at * channels, (size_t)channels);
+                else
+                    memset(out + i * channels, (int)window->zero, (size_t)channels);
+            }
+        }
+        out += across * channels;
+    }
+    memset(out, 0, (size_t)(end - out));
+}
+
+int64_t qtool_window_room(int64_t depth)
+{
+    return rows_at_once(depth) * depth;
+}
+
 /* All rows and panels. Threads share the panels, so that each reads its weights once; where there
  * are more threads than panels, rows as well. */
 static void multiply_all(const PanelLayer *layer, const uint8_t *codes, int64_t rows,
-                         const Target *target, int threads)
+                         const Target *target, uint8_t *room, int threads)
 {
     const int64_t columns = layer->vectors ? NARROW_PANEL : WIDE_PANEL;
     const int64_t panels = (layer->width + columns - 1) / columns;
@@ -48,7 +85,8 @@ static void multiply_all(const PanelLayer *layer, const uint8_t *codes, int64_t 
         const int64_t from = panel * panels / beside, until = (panel + 1) * panels / beside;
         if (row < above && first < rows) {
             if (layer->vectors)
-                qtool_multiply_vectors(layer, codes, first, last, from, until, target);
+                qtool_multiply_vectors(layer, codes, first, last, from, until, target,
+                                       room ? room + thread * qtool_window_room(layer->depth) : NULL);
             else
                 qtool_multiply_tiles(layer, codes, rows, first, last, from, until, target);
         }
@@ -61,7 +99,17 @@ void qtool_panel_values(const PanelLayer *layer, const uint8_t *codes, int64_t r
                         int32_t *row_sums, const float *added, float *out, int threads)
 {
     const Target target = {.values = out, .added = added, .row_sums = row_sums};
-    multiply_all(layer, codes, rows, &target, threads);
+    multiply_all(layer, codes, rows, &target, NULL, threads);
+}
+
+/* A convolution: float32 (pictures, places down, places across, width). `room` holds as many codes
+ * for each thread as `qtool_window_room` tells. */
+void qtool_panel_windows(const PanelLayer *layer, const Window *window, const uint8_t *x,
+                         uint8_t *room, float *out, int threads)
+{
+    const Target target = {.values = out, .window = window};
+    multiply_all(layer, x, window->pictures * window->found[0] * window->found[1], &target, room,
+                 threads);
 }
 
 /* Codes of the values; the walk's last size is a multiple of 16, rows are pictures by tokens. */
@@ -71,6 +119,6 @@ void qtool_panel_codes(const PanelLayer *layer, const uint8_t *codes, int64_t ro
 {
     const Target target = {.codes = out, .row_sums = row_sums, .walk = walk,
                            .quantizers = quantizers, .parts = parts, .apart = apart};
-    multiply_all(layer, codes, rows, &target, threads);
+    multiply_all(layer, codes, rows, &target, NULL, threads);
 }
 #endif

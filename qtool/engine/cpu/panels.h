@@ -22,7 +22,8 @@ typedef struct {
 /* Where results go: float32 rows, with another matrix added or not, or codes. `row_sums`, those of
  * the codes of each row, are there for nested levels, and NULL for others. Codes of `parts` equal
  * parts of the columns, each with a quantizer, lie `apart` elements from one another, each as told
- * by a walk over (pictures, heads, tokens, columns of a head). */
+ * by a walk over (pictures, heads, tokens, columns of a head). With a `window` rows are places of a
+ * convolution, whose codes are gathered first. */
 typedef struct {
     float *values;
     const float *added;
@@ -31,6 +32,7 @@ typedef struct {
     const Walk *walk;
     const Quantizer *quantizers;
     int64_t parts, apart;
+    const Window *window;
 } Target;
 
 /* Where the codes of sixteen columns go, and their quantizer. */
@@ -45,11 +47,24 @@ static inline uint8_t *place_of_codes(const PanelLayer *layer, const Target *tar
            within % walk->size[3];
 }
 
-/* Some rows and panels, by one thread; the rows begin at a multiple of BLOCK. */
+/* How many rows of codes stay near while panels pass, a multiple of BLOCK. */
+static inline int64_t rows_at_once(int64_t depth)
+{
+    return CACHED / depth / BLOCK * BLOCK + BLOCK;
+}
+
+/* The codes of one place of a convolution, (kernel rows, kernel columns, channels), and zeros up to
+ * `length`. */
+int64_t qtool_window_room(int64_t depth); /* bytes of the codes that a thread gathers at once */
+void qtool_gather(const Window *window, const uint8_t *x, int64_t place, uint8_t *out,
+                  int64_t length);
+
+/* Some rows and panels, by one thread; the rows begin at a multiple of BLOCK. `room` holds the codes
+ * of as many places of a window as rows are taken at once. */
 #if X86
 void qtool_multiply_vectors(const PanelLayer *layer, const uint8_t *codes, int64_t first_row,
                             int64_t last_row, int64_t first_panel, int64_t last_panel,
-                            const Target *target);
+                            const Target *target, uint8_t *room);
 void qtool_multiply_tiles(const PanelLayer *layer, const uint8_t *codes, int64_t rows,
                           int64_t first_row, int64_t last_row, int64_t first_panel,
                           int64_t last_panel, const Target *target);

@@ -96,7 +96,7 @@ def longest_run(levels: Tensor) -> int:
 
 def takes(in_features: int) -> bool:
     """Whether layers with so many inputs run in panels here, and rightly."""
-    return _on_tiles(in_features) or _on_vectors(in_features)
+    return _on_tiles(in_features) or on_vectors(in_features)
 
 
 def _on_tiles(in_features: int) -> bool:
@@ -104,8 +104,8 @@ def _on_tiles(in_features: int) -> bool:
     return fits and native.has_tiles() and are_exact(vectors=False)
 
 
-def _on_vectors(in_features: int) -> bool:
-    """Where there are 8-bit units but no tiles, oneDNN does better."""
+def on_vectors(in_features: int) -> bool:
+    """Whether that is on vectors; where there are 8-bit units but no tiles, oneDNN does better."""
     fits = in_features % GROUP == 0 and in_features <= MOST_DEPTH
     if not fits or exact.has_int8_units():
         return False
@@ -176,6 +176,20 @@ class PanelLinear:
             None if added is None else added.data_ptr(),
             y.data_ptr(),
             torch.get_num_threads(),
+        )
+        return y
+
+    def windows(self, codes: Tensor, window: native.Window) -> Tensor:
+        """A convolution on codes (B, H, W, C), contiguous, float32 (B, H', W', N).
+
+        Inputs of the layer are the codes of a window row by row, channels side by side; inputs
+        behind those have levels of zero. For vectors only.
+        """
+        threads, found = torch.get_num_threads(), native.library()
+        room = codes.new_empty(threads, found.qtool_window_room(self.depth))
+        y = codes.new_empty(*window.shape, self.width, dtype=torch.float32)
+        found.qtool_panel_windows(
+            self.layer, window, codes.data_ptr(), room.data_ptr(), y.data_ptr(), threads
         )
         return y
 
