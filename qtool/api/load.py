@@ -12,7 +12,7 @@ from qtool.api import branch_model
 from qtool.api.nested_model import choose_bits, install
 from qtool.errors import CheckpointError, UsageError
 from qtool.io import checkpoint
-from qtool.models import demoire, demoire_weights, sources, vision
+from qtool.models import convolutional, demoire, demoire_weights, sources, vision
 from qtool.quant import graphs
 from qtool.quant.attention import ATTENTION_CLASSES
 from qtool.quant.convolution import without_norm
@@ -111,7 +111,8 @@ def restore(
         model.load_state_dict(tensors, strict=True, assign=True)
         _fill_derived_buffers(model, header)
         if fused and layout is not None:
-            fuse(model, norms=layout.norms, gelus=layout.gelus)
+            chains = convolutional.chains(model)
+            fuse(model, norms=layout.norms, gelus=layout.gelus, chains=list(chains))
     except (UsageError, RuntimeError, AttributeError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
         raise CheckpointError(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qtool.engine import dispatch
+from qtool.engine.activations import AFTER_CONVOLUTION, AFTER_LINEAR
 from qtool.engine.geometry import output_size
 from qtool.engine.packing import MAX_BITS, MIN_BITS, packed_width
 from qtool.errors import UsageError
@@ -26,9 +27,6 @@ NAMES_OF_QUANTIZERS = {
     "out": ("out_scale", "out_zero", "out_table", "out_bits"),
 }
 """How operations call the parameters of a quantizer of a result."""
-
-ACTIVATIONS = ("none", "gelu")
-"""What `linear_quantize` can apply before it quantizes."""
 
 TABLE_LENGTH = 256
 """Entries of a table of levels, one for every 8-bit code."""
@@ -192,8 +190,7 @@ def _linear_quantize(
 ) -> Result:
     parameters = (weight, weight_scale, weight_zero, bias, weight_bits, in_features)
     plain = _linear(x, x_scale, x_zero, *parameters)
-    if activation not in ACTIVATIONS:
-        raise UsageError(f"activation is '{activation}', not one of {', '.join(ACTIVATIONS)}")
+    _check_activation_name(activation, AFTER_LINEAR)
     groups, channels = out_scale.numel(), plain.shape[-1]
     if groups == 0 or channels % groups:
         raise UsageError(f"{groups} output quantizers do not divide {channels} channels alike")
@@ -290,6 +287,34 @@ def _conv2d(
     return Result(shape, torch.float32, _limit(terms), _layout(x))
 
 
+def _conv2d_quantize(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero: Tensor,
+    bias: Tensor | None,
+    weight_bits: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+    out_scale: Tensor,
+    out_zero: Tensor,
+    out_table: Tensor | None,
+    out_bits: int,
+) -> Result:
+    parameters = (weight, weight_scale, weight_zero, bias, weight_bits)
+    geometry = (kernel, stride, padding, dilation, groups)
+    plain = _conv2d(x, x_scale, x_zero, *parameters, *geometry)
+    _check_activation_name(activation, AFTER_CONVOLUTION)
+    _check_output(x, out_scale, out_zero, out_table, out_bits)
+    return plain._replace(dtype=torch.uint8)
+
+
 def _linear_nested(
     x: Tensor,
     x_scale: Tensor,
@@ -378,6 +403,13 @@ _OPERATIONS: dict[str, tuple[str, Callable[..., Result]]] = {
         " int[] padding, int[] dilation, int groups) -> Tensor",
         _conv2d,
     ),
+    "conv2d_quantize": (
+        "(Tensor x, Tensor x_scale, Tensor x_zero, Tensor weight, Tensor weight_scale,"
+        " Tensor weight_zero, Tensor? bias, int weight_bits, int[] kernel, int[] stride,"
+        " int[] padding, int[] dilation, int groups, str activation, Tensor out_scale,"
+        " Tensor out_zero, Tensor? out_table, int out_bits) -> Tensor",
+        _conv2d_quantize,
+    ),
     "linear_nested": (
         "(Tensor x, Tensor x_scale, Tensor x_zero, Tensor weight, Tensor weight_scale,"
         " Tensor? bias, int bits) -> Tensor",
@@ -408,6 +440,11 @@ def _limit(terms: int) -> str:
 
 def _words(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
+
+
+def _check_activation_name(name: str, known: Sequence[str]) -> None:
+    if name not in known:
+        raise UsageError(f"activation is '{name}', not one of {', '.join(known)}")
 
 
 def _check_bits(name: str, bits: int) -> None:

@@ -30,6 +30,7 @@ MIN_CAPABILITY = (8, 0)
 # Triton takes these words for yes, and reads them when a kernel is defined.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in {"1", "y", "yes", "on", "true"}
 _KERNEL_FILES = {
+    "conv2d_quantize": "conv2d",
     "layer_norm_quantize": "layer_norm",
     "linear_quantize": "linear",
     "quantize_table": "quantize_uniform",
@@ -37,6 +38,7 @@ _KERNEL_FILES = {
 _CPU_FILES = {
     "attention": "attention",
     "conv2d": "conv2d",
+    "conv2d_quantize": "conv2d",
     "linear": "linear",
     "linear_nested": "linear",
     "linear_quantize": "linear",

@@ -18,6 +18,7 @@ from qtool.engine.packing import packed_width
 __all__ = [
     "attention",
     "conv2d",
+    "conv2d_quantize",
     "layer_norm_quantize",
     "linear",
     "linear_nested",
@@ -421,6 +422,81 @@ def conv2d(
         padding,
         dilation,
         groups,
+    )
+    return result
+
+
+def conv2d_quantize(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero: Tensor,
+    bias: Tensor | None = None,
+    *,
+    weight_bits: int,
+    kernel: Sequence[int],
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    activation: str = "none",
+    out_scale: Tensor,
+    out_zero: Tensor,
+    out_table: Tensor | None = None,
+    out_bits: int,
+) -> Tensor:
+    """`conv2d`, an activation and the quantizer of what comes next in one: codes to codes.
+
+    The same codes as those three one after another.
+
+    Args:
+        x: As in `conv2d`, like all others up to `groups`.
+        x_scale: float32, one element.
+        x_zero: int32, one element.
+        weight: uint8 `(N, packed_width(weight_bits, K))`.
+        weight_scale: float32 `(N,)`.
+        weight_zero: int32 `(N,)`.
+        bias: float32 `(N,)`, or None.
+        weight_bits: Width of a weight code, 2 to 8.
+        kernel: Size of the kernel.
+        stride: Distance between two places of the kernel.
+        padding: Rows and columns of zeros on either side.
+        dilation: Distance between two points of the kernel.
+        groups: Blocks of channels that do not mix.
+        activation: "none", "relu", or "relu6" for values cut off at 6 as well.
+        out_scale: float32, one element.
+        out_zero: int32, one element.
+        out_table: uint8 `(256,)`, or None for uniform codes.
+        out_bits: Width of a uniform output code, 2 to 8; unused with a table.
+
+    Returns:
+        uint8 `(B, N, H', W')`, channels last in memory if `x` is.
+
+    Raises:
+        UsageError: An argument has the wrong type, shape, value or device.
+        BackendError: The backend asked for cannot run this.
+    """
+    result: Tensor = torch.ops.qtool.conv2d_quantize(
+        x,
+        x_scale,
+        x_zero,
+        weight,
+        weight_scale,
+        weight_zero,
+        bias,
+        weight_bits,
+        kernel,
+        stride,
+        padding,
+        dilation,
+        groups,
+        activation,
+        out_scale,
+        out_zero,
+        out_table,
+        out_bits,
     )
     return result
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qtool.engine.activations import activated
 from qtool.engine.geometry import output_size
 from qtool.engine.packing import packed_width, planes
 
@@ -123,8 +124,7 @@ def linear_quantize(
     """Integer linear layer that ends in codes; see `qtool.engine.ops.linear_quantize`."""
     parameters = (weight, weight_scale, weight_zero, bias, weight_bits, in_features)
     y = linear(x, x_scale, x_zero, *parameters)
-    if activation == "gelu":
-        y = torch.nn.functional.gelu(y)
+    y = activated(y, activation)
     groups = len(out_scale)
     tables = [None] * groups if out_table is None else out_table.view(groups, -1)
     parts = [
@@ -168,6 +168,32 @@ def conv2d(
     scale = (_broadcast(x_scale) * weight_scale).view(-1, 1, 1)
     y: Tensor = sums.flatten(1, 2).float().unflatten(2, size) * scale
     return y if bias is None else y + bias.view(-1, 1, 1)
+
+
+def conv2d_quantize(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero: Tensor,
+    bias: Tensor | None,
+    weight_bits: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+    out_scale: Tensor,
+    out_zero: Tensor,
+    out_table: Tensor | None,
+    out_bits: int,
+) -> Tensor:
+    """Integer convolution that ends in codes; see `qtool.engine.ops.conv2d_quantize`."""
+    parameters = (weight, weight_scale, weight_zero, bias, weight_bits)
+    y = conv2d(x, x_scale, x_zero, *parameters, kernel, stride, padding, dilation, groups)
+    return _quantize(activated(y, activation), out_scale, out_zero, out_table, out_bits)
 
 
 def linear_nested(

@@ -6,7 +6,9 @@ here a BatchNorm that follows a convolution among the children of a module is it
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import nn
 
@@ -21,6 +23,9 @@ _BLOCKS = frozenset(
         "ConvNeXtBlock",
     }
 )
+_CHAINS = frozenset({"BasicBlock", "Bottleneck", "DepthwiseSeparableConv", "InvertedResidual"})
+"""Blocks whose children come in the order in which they run, up to what is added at the end."""
+
 _HEADS = ("fc", "classifier", "head.pre_logits", "head.fc", "linear")
 
 
@@ -79,6 +84,29 @@ def parts(model: nn.Module) -> ConvolutionalParts | None:
             and isinstance(modules.get(linear), nn.Linear)
         ),
     )
+
+
+def chains(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...], str]]:
+    """Convolutions of which another one alone reads the result, through what lies between.
+
+    Args:
+        model: Any model; quantized layers may stand for its convolutions.
+
+    Yields:
+        Paths of a module, of what stands between, in order, and of the module that follows.
+    """
+    for path, block in model.named_modules():
+        if type(block).__name__ not in _CHAINS:
+            continue
+        names = [f"{path}.{name}" for name, _ in block.named_children()]
+        stops = [index for index, name in enumerate(names) if _convolves(name)]
+        for first, second in pairwise(stops):
+            yield names[first], tuple(names[first + 1 : second]), names[second]
+
+
+def _convolves(name: str) -> bool:
+    """Whether a child of a block has the name of a convolution on its main path."""
+    return name.rpartition(".")[2].startswith("conv")
 
 
 def _children(model: nn.Module, parents: list[str] | tuple[str, ...]) -> list[str]:

@@ -1,14 +1,15 @@
 """Integer layers that hand codes to one another, where nothing else reads what lies between.
 
 A LayerNorm then ends in the codes of the linear layer behind it, a linear layer before GELU in
-those of the layer after it, and attention runs from codes to codes. That saves passes over
+those of the layer after it, a convolution before a ReLU in those of the next one, and attention
+runs from codes to codes. That saves passes over
 activations and time between them, and is the same computation: on a CPU to the last bit, elsewhere
 up to codes whose values lie next to the middle between two.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple, Self, cast
 
 import torch
@@ -19,10 +20,12 @@ from qtool.engine.cpu.block import Block, Layer, NestedLayer, Norm, Operand, Pro
 from qtool.engine.resident import versions_of
 from qtool.quant.attention import QuantAttention, QuantWindowAttention
 from qtool.quant.bits import BitSpec
-from qtool.quant.layers import Feeds, IntegerProducts, QuantLinear
+from qtool.quant.layers import Feeds, IntegerProducts, QuantConv2d, QuantLinear
 from qtool.quant.nested_layers import NestedLinear, NestedProducts
 from qtool.quant.plan import replace_module
 from qtool.quant.widths import SwitchableLayer
+
+_ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
 
 _MOST_PROGRAMS = 64
 """Choices of widths that a block remembers at a time."""
@@ -273,6 +276,7 @@ def fuse(
     *,
     norms: Collection[tuple[str, str]],
     gelus: Collection[tuple[str, str, str]],
+    chains: Iterable[tuple[str, Sequence[str], str]] = (),
 ) -> None:
     """Let the integer layers of a loaded model hand codes to one another, in place.
 
@@ -284,6 +288,8 @@ def fuse(
             are cut their edges are padded with the value zero, which has no code of its own there.
         gelus: A linear layer, the GELU that alone reads it and the linear layer that alone reads
             that.
+        chains: Two convolutions and all that stands between them, where the second one alone reads
+            the first.
     """
     windows = set()
     for name, module in model.named_modules():
@@ -302,6 +308,15 @@ def fuse(
         if type(first) is QuantLinear and type(second) is QuantLinear:
             first.feeds = Feeds(second.input_quantizer, activation="gelu")
             replace_module(model, gelu, nn.Identity())
+    for before, between, after in chains:
+        first, second = model.get_submodule(before), model.get_submodule(after)
+        found = [(n, m) for n in between if type(m := model.get_submodule(n)) is not nn.Identity]
+        if type(first) is not QuantConv2d or type(second) is not QuantConv2d or len(found) != 1:
+            continue
+        name, module = found[0]
+        if type(module) in _ACTIVATIONS:
+            first.feeds = Feeds(second.input_quantizer, activation=_ACTIVATIONS[type(module)])
+            replace_module(model, name, nn.Identity())
     feeds, ends = set(norms), {(before, after) for before, _, after in gelus}
     for name, module in list(model.named_modules()):
         if not (name and _is_block(module)):

@@ -58,7 +58,7 @@ class Feeds(NamedTuple):
 
     Attributes:
         quantizer: Tells how the reader quantizes its input; asked anew at every call.
-        activation: What lies between, "none" or "gelu".
+        activation: What lies between, "none" or "gelu", after a convolution "relu" or "relu6".
     """
 
     quantizer: Callable[[], CodeQuantizer]
@@ -204,23 +204,37 @@ class QuantConv2d(QuantLinear):
     geometry = Geometry()
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """Quantize `x`, convolve integers, apply scales and bias."""
+        """Quantize `x` unless it is codes already, convolve integers, apply scales and bias.
+
+        With `feeds` set the result is codes of what reads it.
+        """
         if x.device.type == "cpu":  # the layout in which CPUs convolve
             x = x.contiguous(memory_format=torch.channels_last)
         codes = self.input_codes(x)
         if self.geometry.stride == self.shape[2:]:  # patches become rows, and their results stay so
             codes = codes.contiguous(memory_format=torch.channels_last)
-        return ops.conv2d(
-            codes,
-            self.input_scale,
-            self.input_zero_point,
-            self.weight_packed,
-            self.weight_scale,
-            self.weight_zero_point,
-            self.bias,
-            weight_bits=self.weight_bits,
-            kernel=self.shape[2:],
+        shared: dict[str, Any] = {
+            "x": codes,
+            "x_scale": self.input_scale,
+            "x_zero": self.input_zero_point,
+            "weight": self.weight_packed,
+            "weight_scale": self.weight_scale,
+            "weight_zero": self.weight_zero_point,
+            "bias": self.bias,
+            "weight_bits": self.weight_bits,
+            "kernel": self.shape[2:],
             **self.geometry._asdict(),
+        }
+        if self.feeds is None:
+            return ops.conv2d(**shared)
+        reader = self.feeds.quantizer()
+        return ops.conv2d_quantize(
+            **shared,
+            activation=self.feeds.activation,
+            out_scale=reader.scale,
+            out_zero=reader.zero_point,
+            out_table=reader.table,
+            out_bits=reader.bits,
         )
 
 

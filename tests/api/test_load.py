@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from qtool.api.load import load, restore
 from qtool.engine import dispatch
@@ -21,9 +22,11 @@ from qtool.methods.spdfq.reconstruction import (
     simulate,
 )
 from qtool.models import vision
+from qtool.models.convolutional import chains
 from qtool.quant.bits import BitSpec
-from qtool.quant.fusion import QuantLayerNorm
-from qtool.quant.plan import plan_layers
+from qtool.quant.fusion import QuantLayerNorm, fuse
+from qtool.quant.layers import QuantConv2d
+from qtool.quant.plan import plan_layers, replace_module
 
 
 @pytest.fixture
@@ -336,6 +339,36 @@ def test_layers_that_hand_codes_on_compute_the_same(request, quantize, images, m
             assert torch.equal(fused(images[:count]), plain(images[:count]))
         with dispatch.use_backend("reference"):
             assert torch.equal(fused(images), plain(images))
+
+
+@pytest.mark.parametrize("family", ["resnet", "mobilenet"])
+@pytest.mark.parametrize("bits", ["w4a4", "w8a8", "w4a8"])
+def test_convolutions_hand_codes_on(convolutional, quantize, images, family, bits):
+    quantize(convolutional(family), bits=bits, out="q.safetensors")
+    fused, plain = both_ways("q.safetensors")
+    feeding = [m for m in fused.modules() if isinstance(m, QuantConv2d) and m.feeds]
+    assert {layer.feeds.activation for layer in feeding} == {
+        {"resnet": "relu", "mobilenet": "relu6"}[family]
+    }
+    assert not any(isinstance(m, QuantConv2d) and m.feeds for m in plain.modules())
+    with torch.no_grad(), dispatch.trace() as decisions:
+        assert torch.equal(fused(images), plain(images))
+        assert torch.equal(fused(images[:1]), plain(images[:1]))
+        with dispatch.use_backend("reference"):
+            assert torch.equal(fused(images), plain(images))
+    assert "conv2d_quantize" in {decision.op for decision in decisions}
+
+
+def test_other_activations_stay_between_convolutions(build_model):
+    found = build_model("efficientnet_b0", num_classes=10)
+    before = [name for name, module in found.named_modules() if type(module) is nn.SiLU]
+    for convolution in [n for n, m in found.named_modules() if isinstance(m, nn.Conv2d)]:
+        source = found.get_submodule(convolution)
+        layer = QuantConv2d(tuple(source.weight.shape), weight_bits=4, input_bits=4, bias=False)
+        replace_module(found, convolution, layer)
+    fuse(found, norms=(), gelus=(), chains=list(chains(found)))
+    assert [n for n, m in found.named_modules() if type(m) is nn.SiLU] == before
+    assert not any(isinstance(m, QuantConv2d) and m.feeds for m in found.modules())
 
 
 @pytest.mark.parametrize("family", ["convnext"])

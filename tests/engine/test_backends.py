@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from qtool.engine import contracts, dispatch, ops
 
@@ -365,6 +366,43 @@ def test_conv2d(form, biased, draw, assert_equal_everywhere):
     )
     bias = draw.floats(channels) if biased else None
     assert_equal_everywhere(ops.conv2d, *arguments, bias, weight_bits=bits, **geometry)
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "relu6"])
+@pytest.mark.parametrize("table", [False, True], ids=["uniform", "table"])
+@pytest.mark.parametrize("form", CONVOLUTIONS)
+def test_conv2d_quantize(form, table, activation, draw, assert_equal_everywhere):
+    shape, channels, geometry = CONVOLUTIONS[form]
+    x, x_scale, *weight = convolution_arguments(
+        draw,
+        shape,
+        channels,
+        bits=4,
+        groups=geometry.get("groups", 1),
+        kernel=geometry["kernel"],
+    )
+    bias = draw.floats(channels)
+    with dispatch.use_backend("reference"):
+        reach = ops.conv2d(x, x_scale, *weight, weight_bits=4, **geometry).abs().max()
+        arguments = (x, x_scale * (9 / reach), *weight, bias)  # some values lie beyond 6
+        values = ops.conv2d(*arguments, weight_bits=4, **geometry)
+    values = {"none": lambda y: y, "relu": F.relu, "relu6": F.relu6}[activation](values)
+    scale, zero, tables = quantizers_of(draw, values, bits=8 if table else 5, table=table)
+    width = 8 if table else 5
+    codes = assert_equal_everywhere(
+        ops.conv2d_quantize,
+        *arguments,
+        weight_bits=4,
+        **geometry,
+        activation=activation,
+        out_scale=scale,
+        out_zero=zero,
+        out_table=None if tables is None else tables[0],
+        out_bits=width,
+    )
+    plain = ops.quantize_uniform(values, scale, zero, bits=width)
+    assert torch.equal(codes, tables[0][plain.long()] if table else plain)
+    assert len(codes.unique()) > 2
 
 
 @pytest.mark.parametrize("bits", WIDTHS)

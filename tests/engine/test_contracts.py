@@ -67,6 +67,13 @@ def conv2d(x=IMAGE, x_scale=ONE, weight=PACKED, **sizes):
     return ops.conv2d(x, x_scale, ZERO, weight, SCALES, ZEROS, **sizes)
 
 
+def conv2d_quantize(activation="none", scale=ONE, table=None, bits=4, **sizes):
+    sizes = {"weight_bits": 4, "kernel": (2, 2), **sizes}
+    output = {"out_scale": scale, "out_zero": ZERO, "out_table": table, "out_bits": bits}
+    weight = (PACKED, SCALES, ZEROS)
+    return ops.conv2d_quantize(IMAGE, ONE, ZERO, *weight, activation=activation, **sizes, **output)
+
+
 def matmul(a=CODES, a_scale=ONE, a_zero=ZERO, b=COLUMNS, b_scale=ONE, b_zero=ZERO):
     return ops.matmul(a, a_scale, a_zero, b, b_scale, b_zero)
 
@@ -163,6 +170,11 @@ REFUSALS = {
     "stride is [0, 1], not two numbers of 1 or more": lambda: conv2d(stride=(0, 1)),
     "padding is [-1, 0], not two numbers of 0 or more": lambda: conv2d(padding=(-1, 0)),
     "dilation is [1, 0], not two numbers of 1 or more": lambda: conv2d(dilation=(1, 0)),
+    "activation is 'gelu', not one of none, relu, relu6": lambda: conv2d_quantize("gelu"),
+    "out_scale has shape (5,), not one element": lambda: conv2d_quantize(scale=SCALES),
+    "out_table has shape (254,), not (256,)": lambda: conv2d_quantize(table=TABLE[:254]),
+    "out_bits is 1, not between 2 and 8": lambda: conv2d_quantize(bits=1),
+    "3 groups do not divide 2 input and 5 output channels alike": lambda: conv2d_quantize(groups=3),
     "2 groups do not divide 2 input and 5 output channels alike": lambda: conv2d(groups=2),
     "weight has shape (5, 4), not (N, 9): rows of 18 codes of 4 bits": lambda: conv2d(
         kernel=(3, 3)

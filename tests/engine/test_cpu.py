@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -288,6 +289,25 @@ def test_one_pass_takes_any_float(values, scale, zero, bits):
     assert torch.equal(codes, codes_in_passes(x, step, middle, None, bits))
     with dispatch.use_backend("reference"):
         assert torch.equal(codes, ops.quantize_uniform(x, step, middle, bits=bits))
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu6"])
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "pytorch"])
+@given(
+    st.lists(FLOATS, min_size=1, max_size=70),
+    st.floats(2.0**-10, 2.0**10, width=32),
+    st.integers(0, 255),
+    st.integers(2, 8),
+)
+def test_codes_after_an_activation(activation, compiled, values, scale, zero, bits):
+    step, middle = quantizer(scale, zero % 2**bits)
+    x = torch.tensor([*values, 6.0, 5.9999995, 6.0000005, -0.0, 0.0, step * 0.5, -step * 0.5])
+    expected = codes_in_passes(getattr(F, activation)(x), step, middle, None, bits)
+    with pytest.MonkeyPatch.context() as patch:
+        if not compiled:
+            patch.setattr(native, "library", lambda: None)
+        found = quantizers.quantize(x, step, middle, None, bits, activation)
+    assert torch.equal(found, expected)
 
 
 @needs_compiled_passes

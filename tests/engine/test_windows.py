@@ -68,6 +68,18 @@ def ran(arguments, geometry):
     return y, direct is not None
 
 
+def quantized(arguments, geometry, values, bits, table, activation):
+    """The operation that ends in codes on the CPU, and these codes in single steps."""
+    scale = (values.std() / 2 ** (bits - 2) + 1e-6).reshape(1)
+    zero = torch.tensor([2 ** (bits - 2)]).int()
+    output = {"out_scale": scale, "out_zero": zero, "out_table": table, "out_bits": bits}
+    with dispatch.use_backend("cpu"):
+        codes = ops.conv2d_quantize(**arguments, **geometry, activation=activation, **output)
+    values = {"none": lambda y: y, "relu": F.relu, "relu6": F.relu6}[activation](values)
+    expected = (torch.round(values / scale) + zero).clamp(0, 2**bits - 1).to(torch.uint8)
+    return codes, expected if table is None else table[expected.long()]
+
+
 pair = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
 
@@ -86,11 +98,13 @@ pair = st.tuples(st.integers(1, 3), st.integers(1, 3))
     bias=st.booleans(),
     zero=st.sampled_from([0, 7, 255]),
     threads=st.integers(1, 4),
+    activation=st.sampled_from(["none", "relu", "relu6"]),
+    ending=st.sampled_from(["2", "8", "table"]),
     seed=st.integers(0, 999),
 )
 def test_any_convolution_has_the_bits_of_exact_sums(
     size, kernel, stride, padding, dilation, channels, outputs, depthwise, bits, last, bias, zero,
-    threads, seed,
+    threads, activation, ending, seed,
 ):  # fmt: skip
     padding = tuple(map(min, padding, kernel))
     reach = [d * (k - 1) + 1 - 2 * p for k, d, p in zip(kernel, dilation, padding, strict=True)]
@@ -105,6 +119,13 @@ def test_any_convolution_has_the_bits_of_exact_sums(
     y, taken = ran(arguments, geometry)
     assert taken
     assert torch.equal(y, expected(arguments, geometry))
+    table = None
+    if ending == "table":
+        table = (torch.arange(256) // 9).to(torch.uint8)
+    codes, wanted = quantized(
+        arguments, geometry, y, 8 if table is not None else int(ending), table, activation
+    )
+    assert torch.equal(codes, wanted)
 
 
 @pytest.mark.parametrize("groups", [1, 96])

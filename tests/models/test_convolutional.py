@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from qtool.models import vision
-from qtool.models.convolutional import parts
+from qtool.models.convolutional import chains, parts
 
 FAMILIES = ("resnet", "mobilenet", "convnext")
 
@@ -38,6 +38,20 @@ def test_mobilenet(build_model):
     assert ("blocks.1.0.conv_dw", "blocks.1.0.bn2") in found.batch_norms
     assert ("conv_head", "bn2") in found.batch_norms
     assert len(found.batch_norms) == 52
+
+
+def test_chains_of_blocks(build_model):
+    found = list(chains(build_model("mobilenetv2_050")))
+    between = tuple(f"blocks.0.0.{name}" for name in ("bn1", "aa", "se"))
+    assert found[0] == ("blocks.0.0.conv_dw", between, "blocks.0.0.conv_pw")
+    assert ("blocks.1.0.conv_pw", ("blocks.1.0.bn1",), "blocks.1.0.conv_dw") in found
+    assert len(found) == 1 + 2 * 16
+    found = list(chains(build_model("resnet50")))
+    between = ("bn2", "drop_block", "act2", "aa")
+    names = tuple(f"layer1.0.{name}" for name in between)
+    assert ("layer1.0.conv2", names, "layer1.0.conv3") in found
+    assert len(found) == 2 * 16
+    assert not list(chains(build_model("vit_tiny_patch16_224", depth=1)))
 
 
 def test_convnext(build_convolutional):

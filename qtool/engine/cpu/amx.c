@@ -112,11 +112,12 @@ TILES static inline void store_codes(const int32_t *sums, int64_t row, int64_t r
     const __m512 inverse = _mm512_set1_ps(1.0f / quantizer->scale);
     const __m512 zero = _mm512_set1_ps(quantizer->zero), top = _mm512_set1_ps(quantizer->top);
     const __m512 factor = _mm512_set1_ps(quantizer->factor);
+    const __m512 bottom = _mm512_set1_ps(quantizer->bottom);
     __m128i found[FEW]; /* rows behind the last one are sums of something, and not stored */
     for (int i = 0; i < FEW; i++) {
         const int32_t *row_sum = target->row_sums ? target->row_sums + row + i % rows : NULL;
         const __m512 value = value_of(sums + i * BLOCK, columns, layer->bias != NULL, row_sum);
-        found[i] = sixteen_codes(_mm512_mul_ps(value, factor), scale, inverse, zero, top);
+        found[i] = sixteen_codes(_mm512_mul_ps(value, factor), scale, inverse, zero, bottom, top);
     }
     __m512i quarters[4];
     load_table(quantizer->table, quarters);

@@ -15,7 +15,7 @@
 
 /* A quantizer made ready for eight values at once. */
 typedef struct {
-    __m256 factor, scale, inverse, zero, top;
+    __m256 factor, scale, inverse, zero, bottom, top;
     __m256i flip;
     const Quantizer *told;
 } Ready;
@@ -24,7 +24,8 @@ AVX2 static Ready ready_of(const Quantizer *quantizer)
 {
     return (Ready){_mm256_set1_ps(quantizer->factor), _mm256_set1_ps(quantizer->scale),
                    _mm256_set1_ps(1.0f / quantizer->scale), _mm256_set1_ps(quantizer->zero),
-                   _mm256_set1_ps(quantizer->top), _mm256_set1_epi8((char)quantizer->flip),
+                   _mm256_set1_ps(quantizer->bottom), _mm256_set1_ps(quantizer->top),
+                   _mm256_set1_epi8((char)quantizer->flip),
                    quantizer};
 }
 
@@ -41,7 +42,7 @@ AVX2 static inline __m256i eight_codes(__m256 x, const Ready *how)
     if (_mm256_movemask_ps(_mm256_cmp_ps(distance, bound, _CMP_NLT_UQ)))
         level = _mm256_round_ps(_mm256_div_ps(x, how->scale),
                                 _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    level = _mm256_max_ps(_mm256_add_ps(level, how->zero), _mm256_setzero_ps());
+    level = _mm256_max_ps(_mm256_add_ps(level, how->zero), how->bottom);
     return _mm256_cvtps_epi32(_mm256_min_ps(level, how->top));
 }
 
@@ -254,7 +255,10 @@ AVX2 static inline void store_codes(const int32_t *sums, int64_t row, int64_t ro
     for (int64_t i = 0; i < rows; i++) {
         const int64_t picture = (row + i) / walk->size[2], token = (row + i) % walk->size[2];
         uint8_t *place = out + picture * walk->to[0] + token * walk->to[2];
-        _mm_storeu_si128((__m128i *)place, codes[i]);
+        if (columns->count == SIDE)
+            _mm_storeu_si128((__m128i *)place, codes[i]);
+        else
+            memcpy(place, codes + i, (size_t)columns->count);
     }
 }
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qtool.engine.activations import activated
 from qtool.engine.cpu import native
 from qtool.engine.cpu.exact import blocks, some_rows
 from qtool.engine.resident import derived
@@ -47,9 +48,17 @@ def quantize_table(x: Tensor, scale: Tensor, zero_point: Tensor, table: Tensor) 
 
 
 def quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor, table: Tensor | None, bits: int
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    table: Tensor | None,
+    bits: int,
+    activation: str = "none",
 ) -> Tensor:
-    """Uniform codes, or levels where there is a table."""
+    """Uniform codes, or levels where there is a table, after "relu", "relu6" or nothing."""
+    if _takes_one_pass(scale, zero_point):
+        return _in_one_pass(x, scale, zero_point, table, bits, activation)
+    x = activated(x, activation)
     if table is None:
         return quantize_uniform(x, scale, zero_point, bits)
     return quantize_table(x, scale, zero_point, table)
@@ -88,7 +97,12 @@ def _takes_one_pass(scale: Tensor, zero_point: Tensor) -> bool:
 
 
 def _in_one_pass(
-    x: Tensor, scale: Tensor, zero_point: Tensor, table: Tensor | None, bits: int
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    table: Tensor | None,
+    bits: int,
+    activation: str = "none",
 ) -> Tensor:
     """Codes or levels by compiled code."""
     last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
@@ -100,7 +114,7 @@ def _in_one_pass(
             break
         row *= size
     shape = (1, 1, values.numel() // max(1, row), row)
-    how = native.quantizer(scale, zero_point, table, bits)
+    how = native.quantizer(scale, zero_point, table, bits, activation=activation)
     native.codes(values.view(shape), codes.view(shape), how)
     return codes.permute(0, 3, 1, 2) if last else codes
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qtool.engine.cpu import exact
+from qtool.engine.cpu.codes import quantize
 from qtool.engine.cpu.exact import EXACT_SUM, blocks
 from qtool.engine.cpu.linear import (
     Packed,
@@ -24,7 +25,7 @@ from qtool.engine.cpu.linear import (
     pack_levels,
 )
 from qtool.engine.cpu.panels import PanelLinear
-from qtool.engine.cpu.windows import convolve
+from qtool.engine.cpu.windows import Output, convolve
 from qtool.engine.geometry import cuts_patches
 from qtool.engine.resident import derived
 
@@ -49,29 +50,23 @@ def conv2d(
     bias = None if bias is None else bias.contiguous()
     shape = (len(weight), depth, *kernel)
     if x.numel() and len(weight):
+        shared = (x, x_scale, x_zero, weight, weight_scale, weight_zero, bias, weight_bits)
+        geometry = (kernel, stride, padding, dilation, groups)
+        if (found := convolve(*shared, *geometry)) is not None:
+            return found
         patches = cuts_patches(kernel, stride, padding, dilation, groups)
         if patches and multiplies(math.prod(shape[1:])):
             levels = derived(_patch_packing(weight_bits, shape), weight, weight_zero)
             if levels is not None:
                 scale = derived(both_scales, weight_scale, x_scale)
                 return _over_patches(x, layer_of(levels, scale, bias, int(x_zero)), kernel)
-        found = convolve(
-            *(x, x_scale, x_zero, weight, weight_scale, weight_zero, bias, weight_bits),
-            kernel=kernel,
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            groups=groups,
-        )
-        if found is not None:
-            return found
     if exact.has_int8_units() and x.numel() and len(weight):
-        geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
-        packing = _packing(weight_bits, shape, *geometry)
+        place = (tuple(stride), tuple(padding), tuple(dilation), groups)
+        packing = _packing(weight_bits, shape, *place)
         if (packed := derived(packing, weight, weight_zero, x_zero)) is not None:
             scale = derived(both_scales, weight_scale, x_scale)
             x = x.contiguous(memory_format=_dense_layout(x))
-            return _product(x, int(x_zero), packed, scale, bias, *geometry)
+            return _product(x, int(x_zero), packed, scale, bias, *place)
     levels = derived(float_levels(weight_bits, depth * math.prod(kernel)), weight, weight_zero).t()
     codes = x.float().sub_(x_zero.reshape(()))
     step = _exact_depth(codes, levels, depth)
@@ -95,6 +90,38 @@ def conv2d(
         sums = sums.double() + part
     y = sums.float().mul_((x_scale * weight_scale).view(-1, 1, 1))
     return y if bias is None else y.add_(bias.view(-1, 1, 1))
+
+
+def conv2d_quantize(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero: Tensor,
+    bias: Tensor | None,
+    weight_bits: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+    out_scale: Tensor,
+    out_zero: Tensor,
+    out_table: Tensor | None,
+    out_bits: int,
+) -> Tensor:
+    """Integer convolution that ends in codes; see `qtool.engine.ops.conv2d_quantize`."""
+    shared = (x, x_scale, x_zero, weight, weight_scale, weight_zero)
+    bias = None if bias is None else bias.contiguous()
+    geometry = (kernel, stride, padding, dilation, groups)
+    output = (out_scale, out_zero, out_table, out_bits)
+    if x.numel() and len(weight):
+        ending = Output(activation, *output)
+        if (found := convolve(*shared, bias, weight_bits, *geometry, ending)) is not None:
+            return found
+    return quantize(conv2d(*shared, bias, weight_bits, *geometry), *output, activation)
 
 
 def _over_patches(x: Tensor, layer: Packed | PanelLinear, kernel: Sequence[int]) -> Tensor:

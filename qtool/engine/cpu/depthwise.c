@@ -71,11 +71,13 @@ AVX2 static void one_place(const uint8_t *const *taps, int64_t pairs, int64_t ch
     }
 }
 
-/* float32 (pictures, rows, columns, channels). What is told of channels goes on to a multiple of
- * sixteen of them; `outside` are codes that stand for zero, one for each channel. */
+/* float32 (pictures, rows, columns, channels), or their codes if there is a quantizer; then `values`
+ * holds a row of them for each thread. What is told of channels goes on to a multiple of sixteen of
+ * them; `outside` are codes that stand for zero, one for each channel. */
 void qtool_depthwise(const Window *window, const uint8_t *x, const uint8_t *outside,
                      const int16_t *levels, const int32_t *offset, const float *scale,
-                     const float *bias, float *out, int threads)
+                     const float *bias, float *values, uint8_t *codes, const Quantizer *quantizer,
+                     int threads)
 {
     const int64_t height = window->size[0], width = window->size[1], channels = window->channels;
     const int64_t rows = window->found[0], columns = window->found[1];
@@ -85,6 +87,13 @@ void qtool_depthwise(const Window *window, const uint8_t *x, const uint8_t *outs
 #pragma omp parallel for num_threads(threads)
     for (int64_t line = 0; line < window->pictures * rows; line++) {
         const uint8_t *picture = x + line / rows * height * width * channels;
+#ifdef _OPENMP
+        const int64_t thread = omp_get_thread_num();
+#else
+        const int64_t thread = 0;
+        (void)threads;
+#endif
+        float *out = values + (quantizer ? thread : line) * columns * channels;
         const uint8_t *taps[MOST_TAPS + 1];
         taps[area] = outside;
         for (int64_t column = 0; column < columns; column++) {
@@ -97,11 +106,10 @@ void qtool_depthwise(const Window *window, const uint8_t *x, const uint8_t *outs
                 taps[tap] = inside ? picture + (y * width + at) * channels : outside;
             }
             one_place(taps, pairs, channels, levels, offset, scale, bias,
-                      out + (line * columns + column) * channels);
+                      out + column * channels);
         }
+        if (quantizer)
+            qtool_codes_avx2(out, codes + line * columns * channels, columns * channels, quantizer);
     }
-#ifndef _OPENMP
-    (void)threads;
-#endif
 }
 #endif

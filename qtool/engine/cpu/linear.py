@@ -14,9 +14,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from qtool.engine.activations import activated
 from qtool.engine.cpu import codes as quantizers
 from qtool.engine.cpu import exact, panels
 from qtool.engine.cpu.packing import unpack_codes
@@ -71,8 +71,7 @@ def linear_quantize(
     y = linear(
         x, x_scale, x_zero, weight, weight_scale, weight_zero, bias, weight_bits, in_features
     )
-    if activation == "gelu":
-        y = F.gelu(y)
+    y = activated(y, activation)
     if groups == 1:
         return quantizers.quantize(y, out_scale, out_zero, out_table, out_bits)
     rows, width = math.prod(x.shape[:-1]), len(weight) // groups

@@ -2,7 +2,7 @@
  *
  * Tensors have four dimensions, the last one contiguous in both; strides count elements. Codes are
  * those of qtool.engine.ops.quantize_uniform and quantize_table, bit for bit:
- * clamp(round_half_even(x / scale) + zero, 0, top) with an IEEE division.
+ * clamp(round_half_even(x / scale) + zero, bottom, top) with an IEEE division.
  *
  * Plain C that any compiler turns into vector code; with AVX-512 VBMI, four bytes of a table lie in
  * each of 64 lanes, so that 64 lookups take a handful of instructions. Which version runs is decided
@@ -21,10 +21,10 @@ static void codes_plain(const float *restrict x, uint8_t *restrict out, int64_t 
                         const Quantizer *quantizer)
 {
     const float factor = quantizer->factor, scale = quantizer->scale;
-    const float zero = quantizer->zero, top = quantizer->top;
+    const float zero = quantizer->zero, bottom = quantizer->bottom, top = quantizer->top;
     for (int64_t i = 0; i < length; i++) {
         float code = rintf(x[i] * factor / scale) + zero;
-        code = code > 0.0f ? code : 0.0f;
+        code = code > bottom ? code : bottom;
         code = code < top ? code : top;
         out[i] = (uint8_t)(int32_t)code;
     }
@@ -45,6 +45,7 @@ VBMI static void codes_vbmi(const float *restrict x, uint8_t *restrict out, int6
     const __m512 inverse = _mm512_set1_ps(1.0f / quantizer->scale);
     const __m512 zero = _mm512_set1_ps(quantizer->zero), top = _mm512_set1_ps(quantizer->top);
     const __m512 factor = _mm512_set1_ps(quantizer->factor);
+    const __m512 bottom = _mm512_set1_ps(quantizer->bottom);
     const __m512i flip = _mm512_set1_epi8((char)quantizer->flip);
     __m512i quarters[4];
     load_table(table, quarters);
@@ -55,7 +56,8 @@ VBMI static void codes_vbmi(const float *restrict x, uint8_t *restrict out, int6
         for (int part = 0; part < 4; part++) {
             __mmask16 some = (__mmask16)(inside >> 16 * part);
             __m512 values = _mm512_maskz_loadu_ps(some, x + i + 16 * part);
-            found[part] = sixteen_codes(_mm512_mul_ps(values, factor), scale, inverse, zero, top);
+            values = _mm512_mul_ps(values, factor);
+            found[part] = sixteen_codes(values, scale, inverse, zero, bottom, top);
         }
         const __m512i codes = joined_codes(found, table != NULL, quarters, flip);
         _mm512_mask_storeu_epi8(out + i, inside, codes);

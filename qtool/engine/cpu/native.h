@@ -23,12 +23,12 @@ typedef struct {
     int64_t to[3];
 } Walk;
 
-/* Values are multiplied by `factor` first. Powers of two have neither zero point nor table. With
+/* Values are multiplied by `factor` first; codes lie between `bottom` and `top`. Powers of two have neither zero point nor table. With
  * `flip` 128 instead of 0 codes are signed, less 128. A table of at most sixteen steps is told by
  * them too: `steps` is their number or 0, the first begins at code 0 and each other one behind the
  * code `before` it, less 128. */
 typedef struct {
-    float factor, scale, zero, top;
+    float factor, scale, zero, bottom, top;
     const uint8_t *table;
     int32_t powers, flip, steps;
     int8_t before[16];
@@ -126,7 +126,7 @@ void qtool_attended_avx2(const uint8_t *probabilities, int64_t stride, int64_t r
 /* Sixteen codes. The product with 1 / scale rounds to the same integer as the quotient unless it
  * lies within their common error of a half; only then is the division made. */
 VBMI static inline __m128i sixteen_codes(__m512 x, __m512 scale, __m512 inverse, __m512 zero,
-                                         __m512 top)
+                                         __m512 bottom, __m512 top)
 {
     const __m512 half = _mm512_set1_ps(0.5f), slack = _mm512_set1_ps(5e-7f);
     __m512 ratio = _mm512_mul_ps(x, inverse);
@@ -137,7 +137,7 @@ VBMI static inline __m128i sixteen_codes(__m512 x, __m512 scale, __m512 inverse,
         ratio = _mm512_div_ps(x, scale);
         level = _mm512_roundscale_ps(ratio, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     }
-    level = _mm512_max_ps(_mm512_add_ps(level, zero), _mm512_setzero_ps());
+    level = _mm512_max_ps(_mm512_add_ps(level, zero), bottom);
     return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_min_ps(level, top)));
 }
 

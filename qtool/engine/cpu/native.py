@@ -35,6 +35,7 @@ class Quantizer(ctypes.Structure):
         ("factor", ctypes.c_float),
         ("scale", ctypes.c_float),
         ("zero", ctypes.c_float),
+        ("bottom", ctypes.c_float),
         ("top", ctypes.c_float),
         ("table", ctypes.c_void_p),
         ("powers", ctypes.c_int32),
@@ -65,6 +66,12 @@ class Window(ctypes.Structure):
     def shape(self) -> tuple[int, int, int]:
         """Pictures, and places down and across."""
         return self.pictures, *self.found
+
+    @property
+    def single(self) -> bool:
+        """Whether each place sees one pixel, its own."""
+        ones = [*self.kernel, *self.stride]
+        return ones == [1, 1, 1, 1] and [*self.padding] == [0, 0]
 
 
 class PanelLayer(ctypes.Structure):
@@ -101,9 +108,12 @@ def library() -> Any:  # noqa: ANN401  (a CDLL, or None)
             found.qtool_panel_values.argtypes = (*shared, pointer, pointer, number)
             found.qtool_panel_codes.argtypes = (*shared, pointer, go, how, step, step, number)
             window = ctypes.POINTER(Window)
-            found.qtool_panel_windows.argtypes = (layer, window, pointer, pointer, pointer, number)
+            found.qtool_panel_windows.argtypes = (
+                *(layer, window, pointer, pointer),
+                *(pointer, pointer, go, how, number),
+            )
             found.qtool_window_room.argtypes, found.qtool_window_room.restype = (step,), step
-            found.qtool_depthwise.argtypes = (window, *(pointer,) * 7, number)
+            found.qtool_depthwise.argtypes = (window, *(pointer,) * 8, how, number)
         if found.qtool_has_products():
             found.qtool_scores.argtypes = (
                 *(pointer, pointer, pointer, step, step, step),
@@ -167,6 +177,7 @@ def quantizer(
     *,
     factor: float = 1.0,
     signed: bool = False,
+    activation: str = "none",
 ) -> Quantizer:
     """A quantizer from its parameters.
 
@@ -177,13 +188,21 @@ def quantizer(
         bits: Width of a code; unused with a table.
         factor: What values are multiplied by first.
         signed: Make codes less 128.
+        activation: What values pass through first: "none", "relu" or "relu6".
     """
     table = None if table is None else table.contiguous()
+    offset = 0.0 if zero is None else float(zero)
+    bottom, top = 0.0, 255.0 if table is not None else 2.0**bits - 1
+    if activation != "none":  # rounding keeps the order, so that codes may be cut off instead
+        bottom = min(offset, top)
+    if activation == "relu6":
+        top = min(top, float((6.0 / scale).round()) + offset)
     found = Quantizer(
         factor,
         float(scale),
-        0.0 if zero is None else float(zero),
-        255.0 if table is not None else 2.0**bits - 1,
+        offset,
+        bottom,
+        top,
         None if table is None else table.data_ptr(),
         zero is None,
         128 if signed else 0,

@@ -102,17 +102,21 @@ void qtool_panel_values(const PanelLayer *layer, const uint8_t *codes, int64_t r
     multiply_all(layer, codes, rows, &target, NULL, threads);
 }
 
-/* A convolution: float32 (pictures, places down, places across, width). `room` holds as many codes
- * for each thread as `qtool_window_room` tells. */
+/* A convolution: float32 (pictures, places down, places across, width), or codes with a quantizer,
+ * as told by a walk over (1, 1, all places, width). `room` holds as many codes for each thread as
+ * `qtool_window_room` tells. */
 void qtool_panel_windows(const PanelLayer *layer, const Window *window, const uint8_t *x,
-                         uint8_t *room, float *out, int threads)
+                         uint8_t *room, float *values, uint8_t *codes, const Walk *walk,
+                         const Quantizer *quantizer, int threads)
 {
-    const Target target = {.values = out, .window = window};
+    const Target target = {.values = values, .codes = codes, .walk = walk, .parts = 1,
+                           .quantizers = quantizer, .window = window};
     multiply_all(layer, x, window->pictures * window->found[0] * window->found[1], &target, room,
                  threads);
 }
 
-/* Codes of the values; the walk's last size is a multiple of 16, rows are pictures by tokens. */
+/* Codes of the values; the walk's last size is a multiple of 16 where it is not the width, rows are
+ * pictures by tokens. */
 void qtool_panel_codes(const PanelLayer *layer, const uint8_t *codes, int64_t rows,
                        int32_t *row_sums, uint8_t *out, const Walk *walk,
                        const Quantizer *quantizers, int64_t parts, int64_t apart, int threads)

@@ -179,19 +179,32 @@ class PanelLinear:
         )
         return y
 
-    def windows(self, codes: Tensor, window: native.Window) -> Tensor:
-        """A convolution on codes (B, H, W, C), contiguous, float32 (B, H', W', N).
+    def windows(
+        self, codes: Tensor, window: native.Window, quantizer: native.Quantizer | None = None
+    ) -> Tensor:
+        """A convolution on codes (B, H, W, C), contiguous; for vectors only.
 
         Inputs of the layer are the codes of a window row by row, channels side by side; inputs
-        behind those have levels of zero. For vectors only.
+        behind those have levels of zero.
+
+        Returns:
+            float32 (B, H', W', N), or the codes of these values.
         """
         threads, found = torch.get_num_threads(), native.library()
         room = codes.new_empty(threads, found.qtool_window_room(self.depth))
-        y = codes.new_empty(*window.shape, self.width, dtype=torch.float32)
+        kind = torch.float32 if quantizer is None else torch.uint8
+        y = codes.new_empty(*window.shape, self.width, dtype=kind)
         found.qtool_panel_windows(
-            self.layer, window, codes.data_ptr(), room.data_ptr(), y.data_ptr(), threads
+            *(self.layer, window, codes.data_ptr(), room.data_ptr()),
+            *((y.data_ptr(), None) if quantizer is None else (None, y.data_ptr())),
+            *(self.over_rows(y), quantizer, threads),
         )
         return y
+
+    def over_rows(self, y: Tensor) -> native.Walk:
+        """How codes of all columns go to (..., N), contiguous."""
+        shape = (1, 1, y.numel() // self.width, self.width)
+        return native.walk(shape, (0, 0, 0), (0, 0, self.width))
 
     def codes(
         self,
@@ -207,7 +220,7 @@ class PanelLinear:
             codes: (M, K), contiguous; M are pictures by tokens.
             target: Address of the first code.
             walk: Where codes go: sizes are pictures, heads, tokens and columns of a head, of which
-                there is a multiple of 16.
+                there is a multiple of 16, except on vectors where there is one head.
             quantizers: One for each part.
             apart: Elements from one part to the next.
         """

@@ -14,8 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qtool.engine.activations import activated
 from qtool.engine.geometry import cuts_patches, output_size
 from qtool.engine.kernels.linear import linear
+from qtool.engine.kernels.quantize_uniform import quantize_table, quantize_uniform
 
 # WIDE for many output channels in a group, NARROW for depthwise kernels and few channels.
 WIDE = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}
@@ -221,6 +223,35 @@ def conv2d(
             **OPTIONS,
         )
     return y
+
+
+def conv2d_quantize(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero: Tensor,
+    bias: Tensor | None,
+    weight_bits: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+    out_scale: Tensor,
+    out_zero: Tensor,
+    out_table: Tensor | None,
+    out_bits: int,
+) -> Tensor:
+    """Integer convolution that ends in codes; see `qtool.engine.ops.conv2d_quantize`."""
+    parameters = (weight, weight_scale, weight_zero, bias, weight_bits)
+    y = conv2d(x, x_scale, x_zero, *parameters, kernel, stride, padding, dilation, groups)
+    y = activated(y, activation)
+    if out_table is not None:
+        return quantize_table(y, out_scale, out_zero, out_table)
+    return quantize_uniform(y, out_scale, out_zero, out_bits)
 
 
 def _patches(x: Tensor, size: tuple[int, int], kernel: Sequence[int]) -> Tensor:
