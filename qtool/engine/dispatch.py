@@ -153,6 +153,13 @@ def choose(op: str, device: torch.device, *, limit: str = "") -> Callable[..., T
     return _load(op, backend)
 
 
+def takes_triton(device: torch.device) -> bool:
+    """Whether what is no operation of its own, but has a kernel, runs it on tensors of a device."""
+    backend = current()
+    wanted = backend == "triton" or (backend == "auto" and device.type == "cuda")
+    return wanted and not _refusal("", "triton", device, "")
+
+
 def runs_whole_blocks(device: torch.device) -> bool:
     """Whether a transformer block runs as one program of the CPU backend, and records it if so."""
     if device.type != "cpu" or current() not in ("auto", "cpu") or torch.compiler.is_compiling():

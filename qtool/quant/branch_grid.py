@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qtool.engine import training
 from qtool.quant.layers import Geometry
 
 ODD_BITS = 2
@@ -97,23 +98,6 @@ class _Snap(torch.autograd.Function):
         return gradient * passing, None, None, None
 
 
-class _Count(torch.autograd.Function):
-    """Count in steps from 0 to `top`; the gradient passes in between, in few passes over memory."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, top: int) -> Tensor:  # noqa: ANN401
-        ratio = x / step
-        ctx.save_for_backward(ratio, step)
-        ctx.top = top
-        return ratio.clamp(0, top).round_()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: ANN401
-        ratio, step = ctx.saved_tensors
-        passing = torch.ops.aten.hardtanh_backward(gradient, ratio, 0, ctx.top).div_(step)
-        return passing, (passing * ratio).sum().neg_(), None
-
-
 def weight_levels(weight: Tensor, scale: Tensor, *, bits: int) -> Tensor:
     """Levels of weights, as whole numbers in float32.
 
@@ -142,8 +126,7 @@ def activation_levels(x: Tensor, scale: Tensor, *, bits: int) -> Tensor:
         scale: What a level is worth, ().
         bits: Bits of an activation.
     """
-    levels: Tensor = _Count.apply(x, scale, 2**bits - 1)
-    return levels
+    return training.count_levels(x, scale, 2**bits - 1)
 
 
 def weight_codes(weight: Tensor, scale: Tensor, *, bits: int) -> Tensor:

@@ -22,6 +22,8 @@ from triton.compiler import ASTSource
 from qtool.engine.kernels import (
     attention,
     conv2d,
+    count_levels,
+    kernel_sums,
     layer_norm,
     linear,
     linear_nested,
@@ -30,6 +32,7 @@ from qtool.engine.kernels import (
     pack_codes,
     quantize_log2,
     quantize_uniform,
+    row_distances,
     tiles,
     unpack_codes,
 )
@@ -226,6 +229,35 @@ def layer_norm_cases() -> list[Case]:
     return cases
 
 
+def training_cases() -> list[Case]:
+    """Learnt steps in both types of activations, and the losses of synthesis."""
+    cases = []
+    constants: dict[str, object] = {"TOP": 15, **count_levels.BLOCK}
+    for kind in ("fp32", "bf16"):
+        shared, name = {"x": f"*{kind}", "step": "*fp32", "count": "i32"}, f"count_levels {kind}"
+        kernel, types = count_levels.count_levels_kernel, {**shared, "levels": f"*{kind}"}
+        cases.append(Case(name, kernel, types, constants, count_levels.OPTIONS))
+        kernel = count_levels.count_gradients_kernel
+        types = {**shared, "gradient": f"*{kind}", "passed": f"*{kind}", "shares": "*fp32"}
+        cases.append(Case(f"{name} gradients", kernel, types, constants, count_levels.OPTIONS))
+    shared = {"values": "*fp32", "points": "*fp32", "count": "i32", "inverse": "fp32"}
+    constants = {"POINTS": 10, **kernel_sums.BLOCK}
+    rest = (constants, kernel_sums.OPTIONS, ("count", "inverse"))
+    types = {**shared, "sums": "*fp32"}
+    cases.append(Case("kernel_sums", kernel_sums.kernel_sums_kernel, types, *rest))
+    types = {**shared, "gradient": "*fp32", "passed": "*fp32"}
+    kernel = kernel_sums.kernel_gradients_kernel
+    cases.append(Case("kernel_sums gradients", kernel, types, *rest))
+    sizes = ("inner", "outer_step", "inner_step", "width")
+    types = dict.fromkeys(("x", "target", "distances", "differences"), "*fp32")
+    types |= dict.fromkeys(sizes, "i32")
+    for width in (49, 196, 3136):
+        constants = {"BLOCK": row_distances.block_of(width)}
+        kernel, name = row_distances.row_distances_kernel, f"row_distances {width}"
+        cases.append(Case(name, kernel, types, constants, row_distances.OPTIONS, sizes))
+    return cases
+
+
 def other_cases() -> list[Case]:
     """The quantizers, the products of matrices and the packed format."""
     cases = [
@@ -383,6 +415,7 @@ def stack_bytes(cubin: bytes) -> int | None:
 def chosen(capability: int) -> list[Case]:
     """All cases."""
     layers = linear_cases(capability) + conv2d_cases() + layer_norm_cases()
+    layers += training_cases()
     return layers + attention_cases(capability) + other_cases()
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qtool.engine import training
 from qtool.errors import CheckpointError
 from qtool.methods.recording import Recorded
 from qtool.methods.spdfq import losses, statistics
@@ -175,9 +176,10 @@ class BatchSynthesizer:
         self._gradient = self._recorded()
 
     def _recorded(self) -> Recorded:
-        """`_compute`, which a GPU replays unless the entropy looks at its own values on the way."""
-        reads_back = self.config.method == "psaq" or self.config.entropy_weight
-        return Recorded(self._compute, active=self.device.type == "cuda" and not reads_back)
+        """`_compute`, which a GPU replays; the entropy without kernels would read values back."""
+        entropy = self.config.method == "psaq" or self.config.entropy_weight
+        active = self.device.type == "cuda" and (training.has_kernels(self.device) or not entropy)
+        return Recorded(self._compute, active=active)
 
     @property
     def replays(self) -> bool:

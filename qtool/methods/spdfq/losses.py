@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qtool.engine import training
+
 _BANDWIDTH = 0.01
 _REACH = 5.0
 _GRID_POINTS = 10
@@ -46,6 +48,9 @@ def alignment(attention: Tensor, prior: Tensor) -> Tensor:
     Returns:
         Scalar. Reference: SPDFQ, attention priors alignment.
     """
+    if training.has_kernels(attention.device):
+        places = attention.shape[0] * attention.shape[-1]
+        return training.row_distances(attention, prior).sum() / places
     mass = attention.detach().sum(dim=-1, keepdim=True)
     return (attention - prior * mass).square().mean(dim=(0, 2)).sum()
 
@@ -99,6 +104,17 @@ def patch_similarity_entropy(tokens: Tensor) -> Tensor:
     low, high = similarity.detach().min(), similarity.detach().max()
     spacing = ((high - low) / (_GRID_POINTS - 1)).clamp_min(1e-6)
     points = low + spacing * torch.arange(_GRID_POINTS, device=tokens.device)
+    if training.has_kernels(similarity.device):
+        density = training.kernel_sums(similarity, points, _BANDWIDTH)
+    else:
+        density = _near_sums(similarity, points, low, spacing)
+    density = density / (similarity.shape[1] * _BANDWIDTH * math.sqrt(2.0 * math.pi))
+    density = density + _DENSITY_FLOOR
+    return torch.trapezoid(-density * density.log(), points.expand_as(density), dim=1).mean()
+
+
+def _near_sums(similarity: Tensor, points: Tensor, low: Tensor, spacing: Tensor) -> Tensor:
+    """Sums of the kernels of all similarities (B, M) at the points within reach of each, (B, P)."""
     below = ((similarity.detach() - low) / spacing).floor().long().clamp(0, _GRID_POINTS - 2)
     density = similarity.new_zeros(similarity.shape[0], _GRID_POINTS)
     reach = min(_GRID_POINTS - 1, math.ceil(_REACH * _BANDWIDTH / float(spacing)))
@@ -108,6 +124,4 @@ def patch_similarity_entropy(tokens: Tensor) -> Tensor:
         index = index.clamp(0, _GRID_POINTS - 1)
         kernel = torch.exp(-((similarity - points[index]) ** 2) / (2.0 * _BANDWIDTH**2))
         density = density.scatter_add(1, index, kernel * there)
-    density = density / (similarity.shape[1] * _BANDWIDTH * math.sqrt(2.0 * math.pi))
-    density = density + _DENSITY_FLOOR
-    return torch.trapezoid(-density * density.log(), points.expand_as(density), dim=1).mean()
+    return density

@@ -5,6 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qtool.engine import training
 from qtool.errors import CheckpointError
 from qtool.methods.spdfq import batch as batches
 from qtool.methods.spdfq import losses
@@ -511,3 +512,6 @@ def test_a_gpu_records_steps_that_read_nothing_back(vit, config, recorded):
     assert not synthesizer._gradient.active
     synthesizer.device = torch.device("cuda")
     assert synthesizer._recorded().active == recorded
+    with pytest.MonkeyPatch.context() as patch:  # with kernels the entropy reads nothing back
+        patch.setattr(training, "has_kernels", lambda _: True)
+        assert synthesizer._recorded().active
