@@ -368,8 +368,11 @@ def test_conv2d(form, biased, draw, assert_equal_everywhere):
     assert_equal_everywhere(ops.conv2d, *arguments, bias, weight_bits=bits, **geometry)
 
 
-@pytest.mark.parametrize("activation", ["none", "relu", "relu6"])
-@pytest.mark.parametrize("table", [False, True], ids=["uniform", "table"])
+@pytest.mark.parametrize(
+    ("activation", "table"),
+    [("none", False), ("relu", True), ("relu6", False)],
+    ids=["none", "relu table", "relu6"],
+)
 @pytest.mark.parametrize("form", CONVOLUTIONS)
 def test_conv2d_quantize(form, table, activation, draw, assert_equal_everywhere):
     shape, channels, geometry = CONVOLUTIONS[form]

@@ -252,13 +252,17 @@ AVX2 static inline void store_codes(const int32_t *sums, int64_t row, int64_t ro
         codes[pair] = _mm256_castsi256_si128(both);
         codes[pair + 1] = _mm256_extracti128_si256(both, 1);
     }
+    int64_t picture = row / walk->size[2], token = row % walk->size[2];
     for (int64_t i = 0; i < rows; i++) {
-        const int64_t picture = (row + i) / walk->size[2], token = (row + i) % walk->size[2];
         uint8_t *place = out + picture * walk->to[0] + token * walk->to[2];
         if (columns->count == SIDE)
             _mm_storeu_si128((__m128i *)place, codes[i]);
         else
             memcpy(place, codes + i, (size_t)columns->count);
+        if (++token == walk->size[2]) {
+            token = 0;
+            picture++;
+        }
     }
 }
 

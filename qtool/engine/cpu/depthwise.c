@@ -94,16 +94,20 @@ void qtool_depthwise(const Window *window, const uint8_t *x, const uint8_t *outs
         (void)threads;
 #endif
         float *out = values + (quantizer ? thread : line) * columns * channels;
+        const int64_t top = line % rows * window->stride[0] - window->padding[0];
         const uint8_t *taps[MOST_TAPS + 1];
         taps[area] = outside;
         for (int64_t column = 0; column < columns; column++) {
-            for (int64_t tap = 0; tap < area; tap++) {
-                const int64_t y = line % rows * window->stride[0] - window->padding[0] +
-                                  tap / window->kernel[1] * window->dilation[0];
-                const int64_t at = column * window->stride[1] - window->padding[1] +
-                                   tap % window->kernel[1] * window->dilation[1];
-                const int inside = y >= 0 && y < height && at >= 0 && at < width;
-                taps[tap] = inside ? picture + (y * width + at) * channels : outside;
+            const int64_t left = column * window->stride[1] - window->padding[1];
+            const uint8_t **tap = taps;
+            for (int64_t down = 0; down < window->kernel[0]; down++) {
+                const int64_t y = top + down * window->dilation[0];
+                const uint8_t *row = picture + y * width * channels;
+                for (int64_t across = 0; across < window->kernel[1]; across++) {
+                    const int64_t at = left + across * window->dilation[1];
+                    const int inside = y >= 0 && y < height && at >= 0 && at < width;
+                    *tap++ = inside ? row + at * channels : outside;
+                }
             }
             one_place(taps, pairs, channels, levels, offset, scale, bias,
                       out + column * channels);
