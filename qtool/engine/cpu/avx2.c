@@ -25,8 +25,7 @@ AVX2 static Ready ready_of(const Quantizer *quantizer)
     return (Ready){_mm256_set1_ps(quantizer->factor), _mm256_set1_ps(quantizer->scale),
                    _mm256_set1_ps(1.0f / quantizer->scale), _mm256_set1_ps(quantizer->zero),
                    _mm256_set1_ps(quantizer->bottom), _mm256_set1_ps(quantizer->top),
-                   _mm256_set1_epi8((char)quantizer->flip),
-                   quantizer};
+                   _mm256_set1_epi8((char)quantizer->flip), quantizer};
 }
 
 /* Eight codes. As in `sixteen_codes`, the division is made only where it could matter. */
