@@ -6,6 +6,7 @@ shape-only twin for `torch.compile` both start from it, so they cannot disagree.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -52,17 +53,20 @@ def register() -> None:
     """Defines every operation in torch's `qtool` namespace, on all devices and for shapes alone."""
     for op, (schema, contract) in _OPERATIONS.items():
         torch.library.define(f"qtool::{op}", schema)
-        torch.library.impl(f"qtool::{op}", "default", _implementation(op, contract))
+        torch.library.impl(f"qtool::{op}", "default", functools.partial(run, op))
         torch.library.register_fake(f"qtool::{op}", _fake(contract))
 
 
-def _implementation(op: str, contract: Callable[..., Result]) -> Callable[..., Tensor]:
-    def run(*arguments: object) -> Tensor:
-        expected = contract(*arguments)
-        function = dispatch.choose(op, _device(arguments), limit=expected.limit)
-        return function(*arguments).contiguous(memory_format=expected.layout)
+def run(op: str, *arguments: object) -> Tensor:
+    """Check the arguments of an operation and run it.
 
-    return run
+    Raises:
+        UsageError: An argument has the wrong type, shape, value or device.
+        BackendError: The backend asked for cannot run this.
+    """
+    expected = _OPERATIONS[op][1](*arguments)
+    function = dispatch.choose(op, _device(arguments), limit=expected.limit)
+    return function(*arguments).contiguous(memory_format=expected.layout)
 
 
 def _fake(contract: Callable[..., Result]) -> Callable[..., Tensor]:

@@ -6,6 +6,7 @@ import inspect
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qtool.engine import dispatch, ops
 from qtool.engine.contracts import OPERATIONS
@@ -289,3 +290,36 @@ def test_a_single_vector_is_a_row(draw, assert_equal_everywhere):
     sizes = {"weight_bits": 8, "in_features": 11}
     y = assert_equal_everywhere(ops.linear, codes, scale, zero, *weight, **sizes)
     assert y.shape == (5,)
+
+
+class Seen(TorchDispatchMode):
+    """Takes down which operations torch is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_a_call_goes_straight_unless_someone_looks_on(op, draw, monkeypatch):
+    values = arguments(op, draw)
+    call = getattr(torch.ops.qtool, op)
+    expected = call(*values)
+    with Seen() as seen:
+        assert torch.equal(ops._run(op, *values), expected)
+    assert [name for name in seen.names if name == f"qtool.{op}.default"]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        ops._run(op, *values)
+    assert f"qtool::{op}" in {event.key for event in profiler.key_averages()}
+    monkeypatch.setattr(torch.ops, "qtool", None)
+    with torch.inference_mode():
+        assert torch.equal(ops._run(op, *values), expected)
+    if values[0].is_floating_point():
+        values = (values[0].clone().requires_grad_(True), *values[1:])
+    found = ops._run(op, *values)
+    assert torch.equal(found, expected)
+    assert not found.requires_grad
