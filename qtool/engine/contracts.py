@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qtool.engine import dispatch
 from qtool.engine.activations import AFTER_CONVOLUTION, AFTER_LINEAR
-from qtool.engine.geometry import output_size
+from qtool.engine.geometry import layout_of, output_size
 from qtool.engine.packing import MAX_BITS, MIN_BITS, packed_width
 from qtool.errors import UsageError
 
@@ -96,7 +96,7 @@ def _quantize_uniform(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -
     _check_activation("scale", scale, torch.float32, x)
     _check_activation("zero_point", zero_point, torch.int32, x)
     _check_bits("bits", bits)
-    return Result(x.shape, torch.uint8, layout=_layout(x))
+    return Result(x.shape, torch.uint8, layout=layout_of(x))
 
 
 def _quantize_table(x: Tensor, scale: Tensor, zero_point: Tensor, table: Tensor) -> Result:
@@ -288,7 +288,7 @@ def _conv2d(
             f"x has shape {_words(x)}, smaller than a kernel of {tuple(kernel)} can cover"
         )
     shape = (x.shape[0], channels, height, width)
-    return Result(shape, torch.float32, _limit(terms), _layout(x))
+    return Result(shape, torch.float32, _limit(terms), layout_of(x))
 
 
 def _conv2d_quantize(
@@ -430,12 +430,6 @@ _OPERATIONS: dict[str, tuple[str, Callable[..., Result]]] = {
     ),
 }
 OPERATIONS = tuple(_OPERATIONS)
-
-
-def _layout(x: Tensor) -> torch.memory_format:
-    """Channels last if that is how `x` lies in memory and not the plain way as well."""
-    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last and not x.is_contiguous() else torch.contiguous_format
 
 
 def _limit(terms: int) -> str:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 
 def output_size(
     size: Sequence[int],
@@ -32,3 +35,9 @@ def cuts_patches(
     """Whether every input is read at most once, as by a linear layer over patches."""
     apart = list(kernel) == list(stride) and list(dilation) == [1, 1]
     return apart and not any(padding) and groups == 1
+
+
+def layout_of(x: Tensor) -> torch.memory_format:
+    """Channels last for pictures that lie so, else contiguous; where both are true, contiguous."""
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last and not x.is_contiguous() else torch.contiguous_format

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qtool.engine import dispatch
+from qtool.engine.geometry import layout_of
 
 
 def has_kernels(device: torch.device) -> bool:
@@ -31,7 +32,7 @@ class _Count(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, step: Tensor, top: int) -> Tensor:  # noqa: ANN401
         ctx.top, ctx.fused = top, has_kernels(x.device)
         if ctx.fused:
-            x = x.contiguous(memory_format=_layout(x))
+            x = x.contiguous(memory_format=layout_of(x))
             ctx.save_for_backward(x, step)
             levels: Tensor = _kernels("count_levels").count_levels(x, step, top)
             return levels
@@ -43,17 +44,12 @@ class _Count(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: ANN401
         if ctx.fused:
             x, step = ctx.saved_tensors
-            gradient = gradient.contiguous(memory_format=_layout(x))
+            gradient = gradient.contiguous(memory_format=layout_of(x))
             passed, share = _kernels("count_levels").count_gradients(gradient, x, step, ctx.top)
             return passed, share.view_as(step), None
         ratio, step = ctx.saved_tensors
         passing = torch.ops.aten.hardtanh_backward(gradient, ratio, 0, ctx.top).div_(step)
         return passing, (passing * ratio).sum().neg_(), None
-
-
-def _layout(x: Tensor) -> torch.memory_format:
-    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last else torch.contiguous_format
 
 
 def count_levels(x: Tensor, step: Tensor, top: int) -> Tensor:

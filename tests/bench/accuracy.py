@@ -40,7 +40,7 @@ from qtool.settings.synthesize import SynthesizeSettings
 
 METHODS = ("noise", "psaq", "spdfq")
 PARTS = {"apa": "alignment", "msr": "patches", "sl": "soft-labels"}
-WHITE = {"white": "spectrum"}
+WHITE = "white"
 FLOAT = "float"
 
 
@@ -147,8 +147,8 @@ def accuracy(options: argparse.Namespace, target: str) -> dict[str, Any]:
 def synthesize(options: argparse.Namespace, cell: Cell) -> dict[str, Any]:
     """The image set of a cell."""
     method, *parts = cell.images.split(".")
-    white = [WHITE[part] for part in parts if part in WHITE]
-    named = [part for part in parts if part not in WHITE]
+    start = ("spectrum",) if WHITE in parts else ()
+    named = [part for part in parts if part != WHITE]
     wanted = [PARTS[part] for part in named if part != "bare"] if named else PARTS.values()
     settings = SynthesizeSettings(
         model=options.model,
@@ -157,7 +157,7 @@ def synthesize(options: argparse.Namespace, cell: Cell) -> dict[str, Any]:
         effort=options.effort,
         count=options.count,
         seed=cell.seed,
-        ablate=(*(part for part in PARTS.values() if part not in wanted), *white),
+        ablate=(*(part for part in PARTS.values() if part not in wanted), *start),
         out=options.work / str(cell.synthetic),
         resume=True,
         overwrite=True,

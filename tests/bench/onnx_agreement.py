@@ -24,7 +24,7 @@ from torch import Tensor
 from torchvision.transforms import functional as F
 
 import qtool
-from qtool.io import checkpoint, folders
+from qtool.io import folders
 from qtool.models import vision
 
 
@@ -64,7 +64,7 @@ def views(
 
 
 def main() -> None:
-    """Measure, and print one JSON object per view and picture set."""
+    """Measure, and print one JSON object per view."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("onnx", type=Path)
@@ -83,8 +83,7 @@ def main() -> None:
     )
     name = session.get_inputs()[0].name
     engine = qtool.load(options.checkpoint)
-    header, _ = checkpoint.read(options.checkpoint)
-    data = vision.DataConfig.from_dict(header.data)
+    data = vision.DataConfig.from_dict(engine.qtool_config.data)
     short = round(min(data.input_size[1:]) / options.crop_pct)
     rows = [
         (loaded(path, short), label)

@@ -26,7 +26,7 @@ from qtool.engine.cpu.linear import (
 )
 from qtool.engine.cpu.panels import PanelLinear
 from qtool.engine.cpu.windows import Output, convolve
-from qtool.engine.geometry import cuts_patches
+from qtool.engine.geometry import cuts_patches, layout_of
 from qtool.engine.resident import derived
 
 
@@ -65,7 +65,7 @@ def conv2d(
         packing = _packing(weight_bits, shape, *place)
         if (packed := derived(packing, weight, weight_zero, x_zero)) is not None:
             scale = derived(both_scales, weight_scale, x_scale)
-            x = x.contiguous(memory_format=_dense_layout(x))
+            x = x.contiguous(memory_format=layout_of(x))
             return _product(x, int(x_zero), packed, scale, bias, *place)
     levels = derived(float_levels(weight_bits, depth * math.prod(kernel)), weight, weight_zero).t()
     codes = x.float().sub_(x_zero.reshape(()))
@@ -147,11 +147,6 @@ def _patch_packing(
         return pack_levels(levels.view(shape).permute(0, 2, 3, 1).reshape(shape[0], -1))
 
     return pack
-
-
-def _dense_layout(x: Tensor) -> torch.memory_format:
-    last = x.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last else torch.contiguous_format
 
 
 def _product(

@@ -53,9 +53,11 @@ static inline int64_t rows_at_once(int64_t depth)
     return CACHED / depth / BLOCK * BLOCK + BLOCK;
 }
 
+/* Bytes of the codes that a thread gathers at once. */
+int64_t qtool_window_room(int64_t depth);
+
 /* The codes of one place of a convolution, (kernel rows, kernel columns, channels), and zeros up to
  * `length`. */
-int64_t qtool_window_room(int64_t depth); /* bytes of the codes that a thread gathers at once */
 void qtool_gather(const Window *window, const uint8_t *x, int64_t place, uint8_t *out,
                   int64_t length);
 
