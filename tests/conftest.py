@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -49,6 +50,34 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no real pictures and weights beside the repository")
     return folder
+
+
+@pytest.fixture(scope="session")
+def larger_cpu(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[], AbstractContextManager[None]]:
+    """A context in which an x86 CPU with AVX2 has AVX-512 and AMX too, done by loops."""
+    from qtool.engine.cpu import build_native, native
+
+    if not native.has_vectors():
+        pytest.skip("no AVX2, or the compiled passes were not built here")
+    library = tmp_path_factory.mktemp("emulated") / "native.so"
+    header = REPOSITORY / "tests/engine/emulated.h"
+    flags = ("-include", str(header), "-mavx2", "-mfma", "-Wno-psabi")
+    if not build_native.compiled(native.LIBRARY.parent, library, *flags):
+        pytest.skip("no C compiler")
+
+    @contextmanager
+    def emulated() -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(native, "LIBRARY", library)
+            native.library.cache_clear()
+            assert native.has_tiles()
+            assert native.packed_operands() == torch.int8
+            yield
+        native.library.cache_clear()
+
+    return emulated
 
 
 @pytest.fixture(scope="session")

@@ -406,6 +406,17 @@ def test_a_lesser_cpu_computes_the_same(monkeypatch, quantize, demo, images, rec
     assert (dispatch.WHOLE_BLOCK in decisions) == whole
 
 
+@pytest.mark.parametrize("recipe", ["paper", "strong"])
+def test_a_larger_cpu_computes_the_same(larger_cpu, quantize, save_weights, images, recipe):
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
+    quantize(save_weights("vit_tiny_patch16_224", size), out="q.safetensors", recipe=recipe)
+    with torch.no_grad():
+        expected = load("q.safetensors")(images)
+        with larger_cpu(), dispatch.trace() as decisions:
+            assert torch.equal(load("q.safetensors")(images), expected)
+    assert decisions.count(dispatch.WHOLE_BLOCK) == size["depth"]
+
+
 whole_blocks = pytest.mark.skipif(
     not dispatch._cpu_runs_whole_blocks(), reason="no int8 units or no compiled passes here"
 )
