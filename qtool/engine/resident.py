@@ -6,6 +6,7 @@ tensor that was written to since counts as another one.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
@@ -25,12 +26,13 @@ class _Kept(NamedTuple):
 
 
 _kept = WeakTensorKeyDictionary()
+_version: Callable[[Tensor], int] = operator.attrgetter("_version")
 
 
 def versions_of(tensors: Iterable[Tensor]) -> tuple[int, ...] | None:
     """How often each tensor was written to; None where one of inference mode does not count it."""
     found = tuple(tensors)
-    return None if any(t.is_inference() for t in found) else tuple(t._version for t in found)
+    return None if any(map(Tensor.is_inference, found)) else tuple(map(_version, found))
 
 
 def derived(make: Callable[..., Form], source: Tensor, *others: Tensor) -> Form:

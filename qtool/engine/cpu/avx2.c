@@ -12,6 +12,9 @@
 #define AVX2 __attribute__((target("avx2")))
 #define SIDE 16
 #define GROUP 64 /* bytes of sixteen columns and four inputs */
+/* Tells the compiler that a value stands in a register from here on. Left alone it adds the products
+ * of several groups before their sums, runs out of registers and goes through memory. */
+#define IN_REGISTER(x) __asm__("" : "+x"(x))
 
 /* A quantizer made ready for eight values at once. */
 typedef struct {
@@ -28,26 +31,30 @@ AVX2 static Ready ready_of(const Quantizer *quantizer)
                    _mm256_set1_epi8((char)quantizer->flip), quantizer};
 }
 
-/* Eight codes. As in `sixteen_codes`, the division is made only where it could matter. */
-AVX2 static inline __m256i eight_codes(__m256 x, const Ready *how)
+/* Thirty-two codes of four times eight values. As in `sixteen_codes`, the division is made only where
+ * it could matter. */
+AVX2 static inline __m256i codes_of(const __m256 x[4], const Ready *how)
 {
-    const __m256 sign = _mm256_set1_ps(-0.0f);
-    x = _mm256_mul_ps(x, how->factor);
-    __m256 ratio = _mm256_mul_ps(x, how->inverse);
-    __m256 level = _mm256_round_ps(ratio, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m256 distance = _mm256_andnot_ps(sign, _mm256_sub_ps(ratio, level));
-    const __m256 slack = _mm256_mul_ps(_mm256_andnot_ps(sign, ratio), _mm256_set1_ps(5e-7f));
-    const __m256 bound = _mm256_sub_ps(_mm256_set1_ps(0.5f), slack);
-    if (_mm256_movemask_ps(_mm256_cmp_ps(distance, bound, _CMP_NLT_UQ)))
-        level = _mm256_round_ps(_mm256_div_ps(x, how->scale),
-                                _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    level = _mm256_max_ps(_mm256_add_ps(level, how->zero), how->bottom);
-    return _mm256_cvtps_epi32(_mm256_min_ps(level, how->top));
-}
-
-/* Thirty-two codes of four times eight values. */
-AVX2 static inline __m256i joined_eights(const __m256i found[4], const Ready *how)
-{
+    const __m256 sign = _mm256_set1_ps(-0.0f), half = _mm256_set1_ps(0.5f);
+    __m256 values[4], levels[4], unsure = _mm256_setzero_ps();
+    for (int i = 0; i < 4; i++) {
+        values[i] = _mm256_mul_ps(x[i], how->factor);
+        const __m256 ratio = _mm256_mul_ps(values[i], how->inverse);
+        levels[i] = _mm256_round_ps(ratio, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        const __m256 distance = _mm256_andnot_ps(sign, _mm256_sub_ps(ratio, levels[i]));
+        const __m256 slack = _mm256_mul_ps(_mm256_andnot_ps(sign, ratio), _mm256_set1_ps(5e-7f));
+        const __m256 bound = _mm256_sub_ps(half, slack);
+        unsure = _mm256_or_ps(unsure, _mm256_cmp_ps(distance, bound, _CMP_NLT_UQ));
+    }
+    if (_mm256_movemask_ps(unsure))
+        for (int i = 0; i < 4; i++)
+            levels[i] = _mm256_round_ps(_mm256_div_ps(values[i], how->scale),
+                                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m256i found[4];
+    for (int i = 0; i < 4; i++) {
+        const __m256 level = _mm256_max_ps(_mm256_add_ps(levels[i], how->zero), how->bottom);
+        found[i] = _mm256_cvtps_epi32(_mm256_min_ps(level, how->top));
+    }
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     __m256i codes = _mm256_packus_epi16(_mm256_packs_epi32(found[0], found[1]),
                                         _mm256_packs_epi32(found[2], found[3]));
@@ -55,13 +62,15 @@ AVX2 static inline __m256i joined_eights(const __m256i found[4], const Ready *ho
     const Quantizer *told = how->told;
     if (told->steps) {
         const __m256i shifted = _mm256_xor_si256(codes, _mm256_set1_epi8((char)128));
-        __m256i index = _mm256_setzero_si256();
-        for (int step = 0; step + 1 < told->steps; step++) {
-            const __m256i before = _mm256_set1_epi8(told->before[step]);
-            index = _mm256_sub_epi8(index, _mm256_cmpgt_epi8(shifted, before));
+        const __m256i middle = _mm256_set1_epi8(told->before[0]);
+        __m256i step = _mm256_abs_epi8(_mm256_cmpgt_epi8(shifted, middle));
+        for (int many = 2; many < 16; many *= 2) { /* a digit more */
+            const __m128i rest = _mm_loadu_si128((const __m128i *)(told->before + many - 1));
+            const __m256i next = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(rest), step);
+            step = _mm256_sub_epi8(_mm256_add_epi8(step, step), _mm256_cmpgt_epi8(shifted, next));
         }
         const __m128i level = _mm_loadu_si128((const __m128i *)told->level);
-        codes = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(level), index);
+        codes = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(level), step);
     } else if (told->table) {
         uint8_t bytes[32];
         _mm256_storeu_si256((__m256i *)bytes, codes);
@@ -90,10 +99,10 @@ AVX2 void qtool_codes_avx2(const float *restrict x, uint8_t *restrict out, int64
             source = few;
             target = found;
         }
-        __m256i some[4];
+        __m256 some[4];
         for (int part = 0; part < 4; part++)
-            some[part] = eight_codes(_mm256_loadu_ps(source + 8 * part), &how);
-        _mm256_storeu_si256((__m256i *)target, joined_eights(some, &how));
+            some[part] = _mm256_loadu_ps(source + 8 * part);
+        _mm256_storeu_si256((__m256i *)target, codes_of(some, &how));
     }
     if (length < 32)
         memcpy(out, found, (size_t)length);
@@ -104,13 +113,15 @@ AVX2 static inline __attribute__((always_inline)) void
 add_group(__m256i few[ROWS][2], const uint8_t *const row[ROWS], const int8_t *panel, int64_t group)
 {
     const __m256i *place = (const __m256i *)(panel + group * GROUP);
-    const __m256i left = _mm256_loadu_si256(place);
-    __m256i right = _mm256_loadu_si256(place + 1);
-    __asm__("" : "+x"(right)); /* in a register, for it is used four times */
+    __m256i left = _mm256_loadu_si256(place), right = _mm256_loadu_si256(place + 1);
+    IN_REGISTER(left);
+    IN_REGISTER(right);
     for (int r = 0; r < ROWS; r++) {
         const __m256i codes = _mm256_set1_epi32(word(row[r] + 4 * group));
         few[r][0] = _mm256_add_epi16(few[r][0], _mm256_maddubs_epi16(codes, left));
         few[r][1] = _mm256_add_epi16(few[r][1], _mm256_maddubs_epi16(codes, right));
+        IN_REGISTER(few[r][0]);
+        IN_REGISTER(few[r][1]);
     }
 }
 
@@ -149,15 +160,17 @@ AVX2 static void wide_sums(const int16_t *codes, int64_t length, const int16_t *
             sums[r][0] = sums[r][1] = _mm256_setzero_si256();
         for (int64_t group = 0; group < groups; group++) {
             const __m256i *place = (const __m256i *)(panel + group * GROUP) + 2 * half;
-            const __m256i left = _mm256_loadu_si256(place);
-            __m256i right = _mm256_loadu_si256(place + 1);
-            __asm__("" : "+x"(right));
+            __m256i left = _mm256_loadu_si256(place), right = _mm256_loadu_si256(place + 1);
+            IN_REGISTER(left);
+            IN_REGISTER(right);
             for (int r = 0; r < ROWS; r++) {
                 int64_t four;
                 memcpy(&four, codes + r * length + 4 * group, sizeof four);
                 const __m256i some = _mm256_set1_epi64x(four);
                 sums[r][0] = _mm256_add_epi32(sums[r][0], _mm256_madd_epi16(some, left));
                 sums[r][1] = _mm256_add_epi32(sums[r][1], _mm256_madd_epi16(some, right));
+                IN_REGISTER(sums[r][0]);
+                IN_REGISTER(sums[r][1]);
             }
         }
         for (int r = 0; r < ROWS; r++) {
@@ -239,15 +252,13 @@ AVX2 static inline void store_codes(const int32_t *sums, int64_t row, int64_t ro
     const Walk *walk = target->walk;
     __m128i codes[ROWS];
     for (int pair = 0; pair < ROWS; pair += 2) {
-        __m256i found[4];
+        __m256 values[4];
         for (int i = 0; i < 4; i++) {
             const int64_t r = pair + i / 2;
             const int32_t *row_sum = target->row_sums ? target->row_sums + row + r % rows : NULL;
-            const __m256 value =
-                value_of(sums + r * SIDE, columns, i % 2, layer->bias != NULL, row_sum);
-            found[i] = eight_codes(value, how);
+            values[i] = value_of(sums + r * SIDE, columns, i % 2, layer->bias != NULL, row_sum);
         }
-        const __m256i both = joined_eights(found, how);
+        const __m256i both = codes_of(values, how);
         codes[pair] = _mm256_castsi256_si128(both);
         codes[pair + 1] = _mm256_extracti128_si256(both, 1);
     }
@@ -317,8 +328,12 @@ AVX2 void qtool_multiply_vectors(const PanelLayer *layer, const uint8_t *codes, 
                 const int64_t rows = end - row < ROWS ? end - row : ROWS;
                 const uint8_t *places[ROWS];
                 int32_t sums[ROWS * SIDE] __attribute__((aligned(32)));
-                for (int r = 0; r < ROWS; r++)
+                for (int r = 0; r < ROWS; r++) {
                     places[r] = block + (row - start + (r < rows ? r : rows - 1)) * depth;
+                    if (target->added) /* fetched while sums are made */
+                        _mm_prefetch((const char *)(target->added + (row + r) * layer->width + column),
+                                     _MM_HINT_T0);
+                }
                 if (layer->run) {
                     narrow_sums(places, levels, groups, layer->run, sums);
                 } else {
@@ -367,7 +382,8 @@ AVX2 void qtool_scores_avx2(const uint8_t *queries, int64_t rows, const int16_t 
         int32_t sums[ROWS * SIDE];
         wide_sums(codes, width, packed + block * words * GROUP, words, sums);
         for (int64_t r = 0; r < rows; r++) {
-            float values[SIDE];
+            float rest[SIDE], *place = out + r * tokens + start;
+            float *values = left == SIDE ? place : rest;
             for (int half = 0; half < 2; half++) {
                 const __m256i *found = (const __m256i *)(sums + r * SIDE + 8 * half);
                 const __m256i *column = (const __m256i *)(columns + start + 8 * half);
@@ -377,7 +393,8 @@ AVX2 void qtool_scores_avx2(const uint8_t *queries, int64_t rows, const int16_t 
                 _mm256_storeu_ps(values + 8 * half,
                                  _mm256_mul_ps(_mm256_cvtepi32_ps(whole), scales));
             }
-            memcpy(out + r * tokens + start, values, (size_t)left * sizeof(float));
+            if (left < SIDE)
+                memcpy(place, rest, (size_t)left * sizeof(float));
         }
     }
 }
@@ -386,13 +403,38 @@ AVX2 void qtool_pack_values_avx2(const int8_t *values, int16_t *packed, int32_t 
                                  int64_t tokens, int64_t width, int32_t zero)
 {
     const int64_t groups = (tokens + 3) / 4; /* of each sixteen columns, which lie together */
-    memset(columns, 0, (size_t)width * sizeof(int32_t));
-    for (int64_t token = 0; token < 4 * groups; token++)
-        for (int64_t i = 0; i < width; i++) {
-            const int8_t value = token < tokens ? values[token * width + i] : 0;
-            packed[(i / SIDE * groups + token / 4) * GROUP + i % SIDE * 4 + token % 4] = value;
-            columns[i] -= zero * value;
+    const __m256i minus_zero = _mm256_set1_epi16((int16_t)-zero);
+    for (int64_t column = 0; column < width; column += SIDE) {
+        __m256i sums[4];
+        for (int part = 0; part < 4; part++)
+            sums[part] = _mm256_setzero_si256();
+        for (int64_t group = 0; group < groups; group++) {
+            __m128i row[4];
+            for (int64_t j = 0; j < 4; j++) {
+                const int64_t token = 4 * group + j;
+                const __m128i *place = (const __m128i *)(values + token * width + column);
+                row[j] = token < tokens ? _mm_loadu_si128(place) : _mm_setzero_si128();
+            }
+            const __m128i low = _mm_unpacklo_epi8(row[0], row[1]);
+            const __m128i low_next = _mm_unpacklo_epi8(row[2], row[3]);
+            const __m128i high = _mm_unpackhi_epi8(row[0], row[1]);
+            const __m128i high_next = _mm_unpackhi_epi8(row[2], row[3]);
+            const __m128i turned[4] = {
+                _mm_unpacklo_epi16(low, low_next), _mm_unpackhi_epi16(low, low_next),
+                _mm_unpacklo_epi16(high, high_next), _mm_unpackhi_epi16(high, high_next)};
+            for (int part = 0; part < 4; part++) {
+                const __m256i four = _mm256_cvtepi8_epi16(turned[part]); /* columns */
+                _mm256_storeu_si256((__m256i *)packed + part, four);
+                sums[part] = _mm256_add_epi32(sums[part], _mm256_madd_epi16(four, minus_zero));
+            }
+            packed += GROUP;
         }
+        for (int half = 0; half < 2; half++) {
+            const __m256i added = _mm256_hadd_epi32(sums[2 * half], sums[2 * half + 1]);
+            _mm256_storeu_si256((__m256i *)(columns + column + 8 * half),
+                                _mm256_permute4x64_epi64(added, 0xD8));
+        }
+    }
 }
 
 AVX2 void qtool_attended_avx2(const uint8_t *probabilities, int64_t stride, int64_t rows,

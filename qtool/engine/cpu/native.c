@@ -109,6 +109,8 @@ static void powers_of_row(const float *x, float *out, int64_t length, const Quan
 void qtool_tell_steps(Quantizer *quantizer)
 {
     const uint8_t *table = quantizer->table;
+    int8_t before[15];
+    memset(before, 127, sizeof before); /* no code lies behind it */
     quantizer->level[0] = table[0];
     quantizer->steps = 1;
     for (int code = 1; code < 256; code++) {
@@ -118,9 +120,12 @@ void qtool_tell_steps(Quantizer *quantizer)
             quantizer->steps = 0;
             return;
         }
-        quantizer->before[quantizer->steps - 1] = (int8_t)(code - 1 - 128);
+        before[quantizer->steps - 1] = (int8_t)(code - 1 - 128);
         quantizer->level[quantizer->steps++] = table[code];
     }
+    for (int many = 1; many < 16; many *= 2)
+        for (int i = 0; i < many; i++)
+            quantizer->before[many - 1 + i] = before[(2 * i + 1) * 8 / many - 1];
 }
 
 /* Rows are handed to threads in runs, so that places are worked out once a run. */

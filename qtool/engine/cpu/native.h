@@ -26,7 +26,8 @@ typedef struct {
 /* Values are multiplied by `factor` first; codes lie between `bottom` and `top`. Powers of two have
  * neither zero point nor table. With `flip` 128 instead of 0 codes are signed, less 128. A table of
  * at most sixteen steps is told by them too: `steps` is their number or 0, the first begins at code 0
- * and each other one behind the code `before` it, less 128. */
+ * and each other one behind a code of `before`, less 128. Those lie as a search goes through them:
+ * the middle one of fifteen, the two in the middle of what is left on either side, four, eight. */
 typedef struct {
     float factor, scale, zero, bottom, top;
     const uint8_t *table;
