@@ -309,26 +309,24 @@ def keep(options: argparse.Namespace, found: dict[str, dict[str, Any]]) -> None:
     options.results.write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def print_table(options: argparse.Namespace, found: dict[str, dict[str, Any]]) -> None:
-    """Drops in Markdown, one row per images, recipe and bits."""
+def print_table(cells: Sequence[Cell], found: dict[str, dict[str, Any]]) -> None:
+    """Mean drop of the seeds, least and most, in Markdown: images and recipes by bits."""
     if FLOAT not in found:
         print("the float model was not measured")
         return
     plain = found[FLOAT]["top1"]
     print(f"float: {plain}")
-    print("| images | recipe | bits | mean drop | per seed | drop per picture set |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    rows: dict[str, list[dict[str, float]]] = {}
-    for name in sorted(found.keys() - {FLOAT}):
-        row, _, _ = name.rpartition("-s")
-        top1 = found[name]["top1"]
-        rows.setdefault(row, []).append({key: plain[key] - top1[key] for key in plain})
-    for row, seeds in rows.items():
-        images, recipe, bits = row.rsplit("-", 2)
-        means = [statistics.mean(drops.values()) for drops in seeds]
-        sets = " / ".join(f"{statistics.mean(d[p.name] for d in seeds):.1f}" for p in options.data)
-        each = ", ".join(f"{mean:.1f}" for mean in means)
-        print(f"| {images} | {recipe} | {bits} | {statistics.mean(means):.1f} | {each} | {sets} |")
+    bits = list(dict.fromkeys(cell.bits for cell in cells))
+    print(f"| calibration | recipe | {' | '.join(bits)} |")
+    print("| --- | --- |" + " --- |" * len(bits))
+    for images, recipe in dict.fromkeys((cell.images, cell.recipe) for cell in cells):
+        row = [c for c in cells if (c.images, c.recipe) == (images, recipe) and c.name in found]
+        columns = []
+        for wanted in bits:
+            tops = [found[cell.name]["top1"] for cell in row if cell.bits == wanted]
+            drops = [statistics.mean(plain[name] - top1[name] for name in plain) for top1 in tops]
+            columns.append(_spread(drops))
+        print(f"| {images} | {recipe} | {' | '.join(columns)} |")
     told = [
         (cell["agreement"], statistics.mean(cell["top1"].values()))
         for cell in found.values()
@@ -337,6 +335,13 @@ def print_table(options: argparse.Namespace, found: dict[str, dict[str, Any]]) -
     if len(told) > 2:
         r = statistics.correlation(*zip(*told, strict=True))
         print(f"agreement on held-out images against top-1: r = {r:.2f}, {len(told)} models")
+
+
+def _spread(drops: Sequence[float]) -> str:
+    """Mean, least and most of the seeds."""
+    if len(drops) < 2:
+        return f"{drops[0]:.1f}" if drops else ""
+    return f"{statistics.mean(drops):.1f} ({min(drops):.1f} to {max(drops):.1f})"
 
 
 def main() -> None:
@@ -353,7 +358,7 @@ def main() -> None:
     found = collected(options, names)
     if options.results:
         keep(options, found)
-    print_table(options, found)
+    print_table(cells, found)
 
 
 if __name__ == "__main__":
