@@ -12,6 +12,7 @@
 #define AVX2 __attribute__((target("avx2")))
 #define SIDE 16
 #define GROUP 64 /* bytes of sixteen columns and four inputs */
+#define WIDENED (96 * 1024) /* codes */
 /* Tells the compiler that a value stands in a register from here on. Left alone it adds the products
  * of several groups before their sums, runs out of registers and goes through memory. */
 #define IN_REGISTER(x) __asm__("" : "+x"(x))
@@ -181,12 +182,11 @@ AVX2 static void wide_sums(const int16_t *codes, int64_t length, const int16_t *
     }
 }
 
-/* Codes of four rows in 16 bits. */
-AVX2 static void widen_codes(const uint8_t *const row[ROWS], int16_t *out, int64_t length)
+/* Codes in 16 bits. */
+AVX2 static void widen_codes(const uint8_t *codes, int16_t *out, int64_t length)
 {
-    for (int r = 0; r < ROWS; r++)
-        for (int64_t i = 0; i < length; i++)
-            out[r * length + i] = row[r][i];
+    for (int64_t i = 0; i < length; i++)
+        out[i] = codes[i];
 }
 
 /* What turns sums of sixteen columns into values; zeros behind the last column. */
@@ -291,14 +291,20 @@ AVX2 static void shift_panel(const int8_t *panel, int8_t *out, int64_t bytes, in
     }
 }
 
+/* How many rows of codes are widened at once, a multiple of ROWS; room for them is on the stack. */
+static inline int64_t wide_rows(int64_t depth)
+{
+    return WIDENED / depth / ROWS * ROWS + ROWS;
+}
+
 AVX2 void qtool_multiply_vectors(const PanelLayer *layer, const uint8_t *codes, int64_t first_row,
                                  int64_t last_row, int64_t first_panel, int64_t last_panel,
                                  const Target *target, uint8_t *room)
 {
     const int64_t depth = layer->depth, groups = depth / 4, bytes = groups * GROUP;
-    const int64_t most = rows_at_once(depth);
+    const int64_t most = layer->run ? rows_at_once(depth) : wide_rows(depth);
     int8_t shifted[layer->shift ? bytes : 1];
-    int16_t wide[layer->run ? 1 : bytes], wide_codes[layer->run ? 1 : ROWS * depth];
+    int16_t wide[layer->run ? 1 : bytes], wide_codes[layer->run ? 1 : most * depth];
     const Quantizer *quantizer = NULL, *known = NULL;
     Ready how;
     for (int64_t start = first_row; start < last_row; start += most) {
@@ -306,6 +312,8 @@ AVX2 void qtool_multiply_vectors(const PanelLayer *layer, const uint8_t *codes, 
         const uint8_t *block = target->window ? room : codes + start * depth;
         for (int64_t row = start; target->window && row < end; row++)
             qtool_gather(target->window, codes, row, room + (row - start) * depth, depth);
+        if (!layer->run)
+            widen_codes(block, wide_codes, (end - start) * depth);
         for (int64_t panel = first_panel; panel < last_panel; panel++) {
             const int8_t *levels = layer->panels + panel * bytes;
             const int64_t column = panel * SIDE;
@@ -337,8 +345,7 @@ AVX2 void qtool_multiply_vectors(const PanelLayer *layer, const uint8_t *codes, 
                 if (layer->run) {
                     narrow_sums(places, levels, groups, layer->run, sums);
                 } else {
-                    widen_codes(places, wide_codes, depth);
-                    wide_sums(wide_codes, depth, wide, groups, sums);
+                    wide_sums(wide_codes + (row - start) * depth, depth, wide, groups, sums);
                 }
                 if (target->codes)
                     store_codes(sums, row, rows, &columns, layer, target, out, &how);
@@ -376,7 +383,8 @@ AVX2 void qtool_scores_avx2(const uint8_t *queries, int64_t rows, const int16_t 
     const __m256 scales = _mm256_set1_ps(scale);
     const Rows some = rows_at(queries, width, rows, width, query_zero, shift);
     int16_t codes[ROWS * width];
-    widen_codes(some.codes, codes, width);
+    for (int r = 0; r < ROWS; r++)
+        widen_codes(some.codes[r], codes + r * width, width);
     for (int64_t block = 0; block < blocks; block++) {
         const int64_t start = block * SIDE, left = tokens - start < SIDE ? tokens - start : SIDE;
         int32_t sums[ROWS * SIDE];
@@ -444,7 +452,8 @@ AVX2 void qtool_attended_avx2(const uint8_t *probabilities, int64_t stride, int6
     const int64_t groups = (tokens + 3) / 4;
     const Rows some = rows_at(probabilities, stride, rows, tokens, zero, shift);
     int16_t codes[ROWS * 4 * groups];
-    widen_codes(some.codes, codes, 4 * groups);
+    for (int r = 0; r < ROWS; r++)
+        widen_codes(some.codes[r], codes + r * 4 * groups, 4 * groups);
     for (int64_t column = 0; column < width; column += SIDE) {
         int32_t sums[ROWS * SIDE];
         wide_sums(codes, 4 * groups, packed + column / SIDE * groups * GROUP, groups, sums);

@@ -159,7 +159,7 @@ class PanelLinear:
             zero,
             0 if nested_bits is None else 8 - nested_bits,
             weight.run is not None,
-            weight.run or 0,
+            weight.run if (weight.run or 0) > 1 else 0,  # one at a time is slower than none
         )
 
     def product(
