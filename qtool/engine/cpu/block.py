@@ -13,17 +13,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._nn import gelu as _gelu
 
 from qtool.engine.cpu import exact, native
 from qtool.engine.cpu.attention import BLOCK_SCORES
-from qtool.engine.cpu.linear import Packed, nested_layer, packed_layer
+from qtool.engine.cpu.linear import NEAR, Packed, gelu_, nested_layer, packed_layer
 from qtool.engine.cpu.panels import PanelLinear
 
 MOST_TOKENS = 16384  # so many products of codes fit int32, as in `contracts.MAX_TERMS`
 MOST_DEPTH = 256  # what `native.c` holds of a row
 LANES = 16  # what its products take at once
-HIDDEN_AT_ONCE = 5 << 18  # bytes of values before GELU for each thread, so that they stay near
 
 
 class Layer(NamedTuple):
@@ -244,7 +242,7 @@ class Program:
         threads = torch.get_num_threads()
         x = x.contiguous()
         y = torch.empty_like(x)
-        near = threads * HIDDEN_AT_ONCE // (4 * tokens * self.hidden)
+        near = threads * NEAR // (4 * tokens * self.hidden)
         size = max(1, near) if self.tiled else batch
         for some in exact.blocks(batch, size):
             self._run(x[some], y[some], threads)
@@ -263,7 +261,7 @@ class Program:
         proj.product(room.codes, added=x, out=y)
         self._norm(y, 1, codes, room, threads)
         hidden = fc1.product(room.codes, out=room.hidden)
-        _gelu(hidden, out=hidden)  # type: ignore[call-arg]
+        gelu_(hidden)
         lib.qtool_codes(
             hidden.data_ptr(), wide, room.over_wide_rows, self.inputs[3], 1, 0, 0, threads
         )

@@ -15,14 +15,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._nn import gelu as _gelu
 
 from qtool.engine.activations import activated
 from qtool.engine.cpu import codes as quantizers
-from qtool.engine.cpu import exact, panels
+from qtool.engine.cpu import exact, native, panels
 from qtool.engine.cpu.packing import unpack_codes
 from qtool.engine.resident import derived
 
 BLOCK_ROWS = 256
+NEAR = 5 << 18  # bytes of values for each thread that stay in its cache until they are codes
 INT8 = torch.iinfo(torch.int8)
 
 
@@ -43,10 +45,9 @@ def linear(
     bias = None if bias is None else bias.contiguous()
     shared = (weight, weight_scale, weight_zero, bias, weight_bits, in_features)
     if (packed := packed_layer(x_scale, x_zero, *shared)) is not None:
-        y = packed.product(codes)
-    else:
-        y = _scaled(codes, x_scale, x_zero, *shared)
-    y = y.view(*x.shape[:-1], len(weight))
+        y = packed.product(codes, added=None if residual is None else residual.contiguous())
+        return y.view(*x.shape[:-1], len(weight))
+    y = _scaled(codes, x_scale, x_zero, *shared).view(*x.shape[:-1], len(weight))
     return y if residual is None else y.add_(residual)
 
 
@@ -68,10 +69,13 @@ def linear_quantize(
 ) -> Tensor:
     """Integer linear layer that ends in codes; see `qtool.engine.ops.linear_quantize`."""
     groups = len(out_scale)
-    y = linear(
-        x, x_scale, x_zero, weight, weight_scale, weight_zero, bias, weight_bits, in_features
-    )
-    y = activated(y, activation)
+    shared = (weight, weight_scale, weight_zero, bias, weight_bits, in_features)
+    layer = packed_layer(x_scale, x_zero, *shared)
+    if isinstance(layer, panels.PanelLinear) and x.numel():
+        told = (out_scale, out_zero) if out_table is None else (out_scale, out_zero, out_table)
+        found = _in_panels(layer, x, activation, derived(_quantizers(out_bits), *told))
+        return found[0] if groups == 1 else found
+    y = activated(linear(x, x_scale, x_zero, *shared), activation)
     if groups == 1:
         return quantizers.quantize(y, out_scale, out_zero, out_table, out_bits)
     rows, width = math.prod(x.shape[:-1]), len(weight) // groups
@@ -83,6 +87,44 @@ def linear_quantize(
         part = parts[None, None, :, group]
         quantizers.quantize_into(out[group], part, scale, zero, table, out_bits)
     return out.view(groups, *x.shape[:-1], width)
+
+
+@functools.cache
+def _quantizers(bits: int) -> Callable[..., native.Quantizers]:
+    def made(scale: Tensor, zero: Tensor, table: Tensor | None = None) -> native.Quantizers:
+        return native.quantizers(scale, zero, table, bits)
+
+    return made
+
+
+def _in_panels(
+    layer: panels.PanelLinear, x: Tensor, activation: str, endings: native.Quantizers
+) -> Tensor:
+    """From codes (..., K) to codes (G, ..., N / G), with no more values than stay near."""
+    codes = x.reshape(-1, layer.depth).contiguous()
+    rows, groups = len(codes), len(endings.each)
+    width = layer.width // groups
+    out = codes.new_empty(groups, *x.shape[:-1], width)
+    if activation == "none" and layer.ends_in_codes(groups):
+        go = native.walk((1, 1, rows, width), (0, 0, 0), (0, 0, width))
+        layer.codes(codes, out.data_ptr(), go, endings.array, out.stride(0))
+        return out
+    size = max(1, torch.get_num_threads() * NEAR // (4 * layer.width))
+    room = torch.empty(min(size, rows), layer.width)
+    flat = out.view(groups, 1, 1, rows, width)
+    for some in exact.blocks(rows, size):
+        values = layer.product(codes[some], out=room[: some.stop - some.start])
+        if activation == "gelu":
+            gelu_(values)
+        parts = values.view(1, 1, -1, groups, width)
+        for group, ending in enumerate(endings.each):
+            native.codes(parts[:, :, :, group], flat[group, :, :, some], ending)
+    return out
+
+
+def gelu_(x: Tensor) -> None:
+    """GELU in place."""
+    _gelu(x, out=x)  # type: ignore[call-arg]
 
 
 class Packed(NamedTuple):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -211,6 +211,26 @@ def quantizer(
         library().qtool_tell_steps(found)
     found.kept = table  # as long as its address is in use
     return found
+
+
+class Quantizers(NamedTuple):
+    """Quantizers of equal parts of some values.
+
+    Attributes:
+        each: One by one, which keeps their tables.
+        array: Side by side.
+    """
+
+    each: list[Quantizer]
+    array: ctypes.Array[Quantizer]
+
+
+def quantizers(scale: Tensor, zero: Tensor, table: Tensor | None, bits: int) -> Quantizers:
+    """Quantizers of scales (G,), zero points (G,) and tables (G, 256) or (256,), or None."""
+    tables = [None] * len(scale) if table is None else table.view(len(scale), -1).unbind()
+    told = zip(scale.split(1), zero.split(1), tables, strict=True)
+    each = [quantizer(*one, bits) for one in told]
+    return Quantizers(each, (Quantizer * len(each))(*each))
 
 
 def codes(x: Tensor, out: Tensor, how: Quantizer) -> None:

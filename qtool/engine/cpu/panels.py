@@ -231,6 +231,11 @@ class PanelLinear:
             *(target, walk, quantizers, len(quantizers), apart, torch.get_num_threads()),
         )
 
+    def ends_in_codes(self, parts: int) -> bool:
+        """Whether `codes` takes so many parts of the columns in rows of their own."""
+        whole = self.width % (parts * SIDE) == 0
+        return whole or (parts == 1 and bool(self.layer.vectors))
+
     def _room(self, codes: Tensor) -> Tensor | None:
         """Room for the sums of rows that nested levels need."""
         return codes.new_empty(len(codes), dtype=torch.int32) if self.nested else None
