@@ -362,16 +362,27 @@ AVX2 void qtool_pack_keys_avx2(const int8_t *keys, int16_t *packed, int32_t *col
                                int64_t tokens, int64_t width, int32_t query_zero)
 {
     const int64_t blocks = (tokens + SIDE - 1) / SIDE, words = width / 4;
+    const __m256i minus_zero = _mm256_set1_epi16((int16_t)-query_zero);
     for (int64_t token = 0; token < blocks * SIDE; token++) {
         int16_t *target = packed + token / SIDE * words * GROUP + token % SIDE * 4;
-        int32_t sum = 0;
-        for (int64_t i = 0; i < words; i++)
-            for (int64_t j = 0; j < 4; j++) {
-                const int8_t key = token < tokens ? keys[token * width + 4 * i + j] : 0;
-                target[i * GROUP + j] = key;
-                sum += key;
-            }
-        columns[token] = -query_zero * sum;
+        __m256i sums = _mm256_setzero_si256();
+        for (int64_t i = 0; i < words; i += 4, target += 4 * GROUP) {
+            const __m128i *place = (const __m128i *)(keys + token * width + 4 * i);
+            const __m128i some = token < tokens ? _mm_loadu_si128(place) : _mm_setzero_si128();
+            const __m256i wide = _mm256_cvtepi8_epi16(some);
+            const __m128i low = _mm256_castsi256_si128(wide);
+            const __m128i high = _mm256_extracti128_si256(wide, 1);
+            _mm_storel_epi64((__m128i *)target, low);
+            _mm_storel_epi64((__m128i *)(target + GROUP), _mm_unpackhi_epi64(low, low));
+            _mm_storel_epi64((__m128i *)(target + 2 * GROUP), high);
+            _mm_storel_epi64((__m128i *)(target + 3 * GROUP), _mm_unpackhi_epi64(high, high));
+            sums = _mm256_add_epi32(sums, _mm256_madd_epi16(wide, minus_zero));
+        }
+        int32_t lanes[8];
+        _mm256_storeu_si256((__m256i *)lanes, sums);
+        columns[token] = 0;
+        for (int i = 0; i < 8; i++)
+            columns[token] += lanes[i];
     }
 }
 

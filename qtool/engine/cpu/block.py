@@ -15,13 +15,16 @@ import torch
 from torch import Tensor
 
 from qtool.engine.cpu import exact, native
-from qtool.engine.cpu.attention import BLOCK_SCORES
+from qtool.engine.cpu.attention import (
+    BLOCK_SCORES,
+    LANES,
+    MOST_DEPTH,
+    MOST_TOKENS,
+    Products,
+    parameters,
+)
 from qtool.engine.cpu.linear import NEAR, Packed, gelu_, nested_layer, packed_layer
 from qtool.engine.cpu.panels import PanelLinear
-
-MOST_TOKENS = 16384  # so many products of codes fit int32, as in `contracts.MAX_TERMS`
-MOST_DEPTH = 256  # what `native.c` holds of a row
-LANES = 16  # what its products take at once
 
 
 class Layer(NamedTuple):
@@ -122,45 +125,15 @@ class _Room:
         flat, wide = self.codes.view(1, 1, rows, width), self.wide_codes.view(1, 1, rows, hidden)
         self.over_rows = native.walk(flat.shape, flat.stride(), flat.stride())
         self.over_wide_rows = native.walk(wide.shape, wide.stride(), wide.stride())
-        self.width, self.tokens = width, tokens
         some = min(batch, max(1, BLOCK_SCORES // (heads * tokens * tokens)))
         self.parts = exact.blocks(batch, some)
-        matrices, whole = some * heads, -(-tokens // LANES) * LANES
-        self.operands = torch.empty(3, matrices, tokens, depth, dtype=torch.uint8)
-        self.scores = torch.empty(2, matrices, tokens, tokens, dtype=torch.float32)
-        # What lies behind the codes of a row stays zero.
-        self.p_codes = torch.zeros(matrices, tokens, whole, dtype=torch.uint8)
-        self.packed = torch.empty(matrices, whole, depth, dtype=native.packed_operands())
-        self.columns = torch.empty(matrices, max(whole, depth), dtype=torch.int32)
-        self.views = {
-            count: _Views(self, count, heads)
+        self.products = Products(some * heads, tokens, depth)
+        by_head = (heads * tokens * depth, tokens * depth, depth)
+        from_qkv = (tokens * 3 * width, depth, 3 * width)
+        self.from_qkv = {
+            count: native.walk((count, heads, tokens, depth), from_qkv, by_head)
             for count in {part.stop - part.start for part in self.parts}
         }
-
-
-class _Views:
-    """Views of the memory of attention for some pictures at once.
-
-    Args:
-        room: The memory.
-        count: Pictures.
-        heads: Attention heads.
-    """
-
-    def __init__(self, room: _Room, count: int, heads: int) -> None:
-        _, _, tokens, depth = room.operands.shape
-        width, self.matrices = room.width, count * heads
-        self.scores, self.p = (part[: self.matrices] for part in room.scores)
-        self.values = room.operands[2, : self.matrices].view(torch.int8)
-        size, by_head = (
-            (count, heads, tokens, depth),
-            (heads * tokens * depth, tokens * depth, depth),
-        )
-        from_qkv, to_codes = (tokens * 3 * width, depth, 3 * width), (tokens * width, depth, width)
-        self.from_qkv = native.walk(size, from_qkv, by_head)
-        self.to_codes = native.walk(size, by_head, to_codes)
-        rows = (1, 1, self.matrices * tokens, tokens)
-        self.over_scores = native.walk(rows, (0, 0, tokens), (0, 0, room.p_codes.shape[2]))
 
 
 class _Rooms(threading.local):
@@ -205,7 +178,6 @@ class Program:
         ]
         found = [_packed(layer) for layer in layers]
         self.layers = [layer for layer in found if layer is not None]
-        query, key, value = block.operands
         self.quantizers = [
             native.quantizer(scale, operand.zero, operand.table, operand.bits, signed=number > 0)
             for number, (scale, operand) in enumerate(
@@ -213,14 +185,10 @@ class Program:
             )
         ]
         self.operands = (native.Quantizer * 3)(*self.quantizers)
-        self.zeros = [int(operand.zero) for operand in block.operands if operand.zero is not None]
-        p, out = block.probability, block.proj
-        self.probability = native.quantizer(p.scale, p.zero, p.table, p.bits)
-        self.probability_zero = None if p.zero is None else int(p.zero)
-        self.score_scale = float(query.scale * key.scale)
-        self.attended = native.quantizer(
-            *(out.scale, out.zero, out.table, out.bits), factor=float(p.scale * value.scale)
-        )
+        scales = [operand.scale for operand in block.operands]
+        zeros = [operand.zero for operand in block.operands if operand.zero is not None]
+        out = (block.proj.scale, block.proj.zero, block.proj.table, block.proj.bits)
+        self.attention = parameters(scales, zeros, block.probability, out)
         self.possible = len(self.layers) == len(layers)
         self.tiled = all(isinstance(layer, PanelLinear) for layer in self.layers)
 
@@ -277,39 +245,18 @@ class Program:
 
     def _attend(self, qkv: Packed | PanelLinear, codes: int, room: _Room, threads: int) -> None:
         """The codes of normalised values, at an address, to those of attended ones, in place."""
-        lib = native.library()
         projected = None if isinstance(qkv, PanelLinear) else qkv.product(room.codes)
-        tokens, width, depth = room.tokens, self.width, self.width // self.heads
-        operands, step = room.operands.data_ptr(), room.operands.stride(0)
-        keys, values = operands + step, operands + 2 * step
-        scores, p_codes = room.scores.data_ptr(), room.p_codes.data_ptr()
-        packed, columns = room.packed.data_ptr(), room.columns.data_ptr()
-        query_zero, key_zero, value_zero = self.zeros
+        products, width = room.products, self.width
+        _, _, tokens, _ = products.operands.shape
+        operands, step = products.operands.data_ptr(), products.operands.stride(0)
         for some in room.parts:
-            views = room.views[some.stop - some.start]
-            rows = slice(some.start * tokens, some.stop * tokens)
-            target = codes + rows.start * width
+            pictures = some.stop - some.start
+            rows, go = slice(some.start * tokens, some.stop * tokens), room.from_qkv[pictures]
             if isinstance(qkv, PanelLinear):
-                qkv.codes(room.codes[rows], operands, views.from_qkv, self.operands, step)
+                qkv.codes(room.codes[rows], operands, go, self.operands, step)
             elif projected is not None:
-                first, go = projected[rows].data_ptr(), views.from_qkv
-                lib.qtool_codes(first, operands, go, self.operands, 3, width, step, threads)
-            lib.qtool_scores(
-                *(operands, keys, scores, views.matrices, tokens, depth),
-                *(query_zero, key_zero, self.score_scale, packed, columns, threads),
-            )
-            torch.softmax(views.scores, -1, out=views.p)
-            p = views.p.data_ptr()
-            if self.probability_zero is None:
-                lib.qtool_powers(p, views.matrices * tokens, tokens, self.probability, threads)
-                levels = views.values.float().sub_(value_zero - 128)
-                found = torch.bmm(views.p, levels)
-                lib.qtool_codes(
-                    found.data_ptr(), target, views.to_codes, self.attended, 1, 0, 0, threads
+                first = projected[rows].data_ptr()
+                native.library().qtool_codes(
+                    first, operands, go, self.operands, 3, width, step, threads
                 )
-                continue
-            lib.qtool_codes(p, p_codes, views.over_scores, self.probability, 1, 0, 0, threads)
-            lib.qtool_attended(
-                *(p_codes, room.p_codes.shape[2], values, target, views.to_codes),
-                *(self.probability_zero, value_zero, self.attended, packed, columns, threads),
-            )
+            products.attend(self.attention, codes + rows.start * width, pictures, self.heads)
