@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qtool.engine import dispatch, ops, resident
-from qtool.engine.cpu import build_native, exact, linear, native
+from qtool.engine.cpu import attention, build_native, exact, linear, native
 from qtool.engine.cpu import codes as quantizers
 from qtool.errors import BackendError
 
@@ -163,9 +163,16 @@ def layers_to_codes(draw):
         draw.floats(66),
     )
     sizes = {"weight_bits": 5, "in_features": 97}
+    deep = (  # as panels take it
+        *(draw.codes(70, 128), one, zero),
+        ops.pack_codes(draw.codes(96, 128, bits=4), bits=4),
+        *(draw.scales(96), draw.zeros(96, bits=4), draw.floats(96)),
+    )
+    deep_sizes = {"weight_bits": 4, "in_features": 128}
     groups = {"out_scale": draw.scales(3) + 1, "out_zero": draw.zeros(3), "out_bits": 8}
     tables = draw.codes(3, 256).sort().values
     heads = (draw.codes(3, 4, 19, 2, 24), torch.tensor([0.01, 0.01, 0.02]), draw.zeros(3))
+    wide_heads = (draw.codes(3, 4, 19, 2, 32), *heads[1:])
     output = {"out_scale": one, "out_zero": zero + 100, "out_bits": 8}
     maps = draw.floats(2, 2, 19, 19)
     return {
@@ -185,6 +192,18 @@ def layers_to_codes(draw):
             ops.linear_quantize,
             layer,
             {**sizes, **output, "out_scale": one * 99, "activation": "gelu"},
+        ),
+        "deep": (ops.linear_quantize, deep, {**deep_sizes, **groups}),
+        "deep gelu table": (
+            ops.linear_quantize,
+            deep,
+            {
+                **deep_sizes,
+                **output,
+                "out_scale": one * 99,
+                "out_table": table,
+                "activation": "gelu",
+            },
         ),
         "attention": (
             ops.attention,
@@ -209,19 +228,30 @@ def layers_to_codes(draw):
             heads,
             {"added": maps, "p_scale": one * 30, "p_bits": 4, **output},
         ),
+        "attention wide": (
+            ops.attention,
+            wide_heads,
+            {"added": maps, "p_scale": one / 4, "p_zero": zero, "p_bits": 7, **output},
+        ),
+        "attention wide log2": (
+            ops.attention,
+            wide_heads,
+            {"added": maps, "p_scale": one * 30, "p_bits": 4, **output},
+        ),
     }
 
 
 KINDS = (
     *("layer_norm", "layer_norm table", "linear", "linear table", "linear gelu"),
-    *("attention", "attention table", "attention log2"),
+    *("deep", "deep gelu table", "attention", "attention table", "attention log2"),
+    *("attention wide", "attention wide log2"),
 )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "lacking",
-    ["nothing", "int8 units", "panels", "compiled passes", "either"],
+    ["nothing", "memory", "int8 units", "panels", "compiled passes", "either"],
     ids=lambda word: word,
 )
 def test_layers_to_codes_are_exact_on_every_machine(monkeypatch, draw, lacking, kind):
@@ -230,6 +260,9 @@ def test_layers_to_codes_are_exact_on_every_machine(monkeypatch, draw, lacking, 
         expected = call(*arguments, **options)
     if lacking in ("int8 units", "panels", "either"):
         monkeypatch.setattr(exact, "has_int8_units", lambda: False)
+    if lacking == "memory":
+        monkeypatch.setattr(linear, "NEAR", 9000)
+        monkeypatch.setattr(attention, "BLOCK_SCORES", 1)
     if lacking == "panels":
         monkeypatch.setattr(native, "has_tiles", lambda: False)
         monkeypatch.setattr(native, "has_vectors", lambda: False)

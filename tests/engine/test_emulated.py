@@ -15,6 +15,7 @@ from tests.engine.test_backends import (  # noqa: F401  (collected here once mor
 from tests.engine.test_cpu import (  # noqa: F401
     test_codes_after_an_activation,
     test_codes_are_written_into_parts_of_other_tensors,
+    test_layers_to_codes_are_exact_on_every_machine,
     test_one_pass_gives_the_codes_of_several,
     test_one_pass_rounds_ties_as_the_division_does,
     test_one_pass_takes_any_float,
