@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -16,6 +16,14 @@ def _fresh_dispatch(monkeypatch) -> None:
     """Each test starts with the default backend and no decisions."""
     monkeypatch.setattr(dispatch, "_default", None)
     monkeypatch.setattr(dispatch, "_decisions", {})
+
+
+@pytest.fixture(autouse=True)
+def _same_threads() -> Iterator[None]:
+    """Each test may change the number of threads, on which later sums would depend."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def cpu_runs(op: str) -> bool:

@@ -29,13 +29,6 @@ def device():
     return torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def _threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def drawn(rows, depth, width, seed, *, vectors, bias=True, zero=37, reach=128):
     """Codes, layer and the values it should give."""
     generator = torch.Generator().manual_seed(seed)

@@ -15,9 +15,6 @@ pytestmark = pytest.mark.skipif(not native.has_vectors(), reason="no compiled pa
 @pytest.fixture(autouse=True)
 def no_int8_units(monkeypatch):
     monkeypatch.setattr(exact, "has_int8_units", lambda: False)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def drawn(shape, weight_shape, *, bits, seed, bias=True, zero=None):

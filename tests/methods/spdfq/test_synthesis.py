@@ -87,9 +87,9 @@ def test_all_methods_have_one_interface(vit, method):
     )
 
 
-def test_patch_similarity_entropy_can_join_attention_alignment(vit):
+def test_patch_similarity_entropy_can_join_attention_alignment(tiny_vit):
     plain, joined = (
-        run(vit, steps=30, learning_rate=0.1, entropy_weight=weight) for weight in (0.0, 20.0)
+        run(tiny_vit, steps=30, learning_rate=0.1, entropy_weight=weight) for weight in (0.0, 20.0)
     )
     assert set(joined.history[0]) - set(plain.history[0]) == {"entropy"}
     assert joined.history[-1]["entropy"] > joined.history[0]["entropy"]
