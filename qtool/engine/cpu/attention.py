@@ -121,9 +121,9 @@ class Products:
                 them in turn.
         """
         lib, threads = native.library(), torch.get_num_threads()
-        _, matrices, tokens, depth = self.operands.shape
+        _, _, tokens, depth = self.operands.shape
         scores, p, rows, go = self._views_of(pictures, heads)
-        matrices, step = len(scores), matrices * tokens * depth
+        matrices, step = len(scores), self.operands.stride(0)
         query, p_codes = self.operands.data_ptr(), self.p_codes.data_ptr()
         packed, columns = self.packed.data_ptr(), self.columns.data_ptr()
         query_zero, key_zero, value_zero = told.zeros

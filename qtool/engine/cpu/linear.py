@@ -70,7 +70,7 @@ def linear_quantize(
     """Integer linear layer that ends in codes; see `qtool.engine.ops.linear_quantize`."""
     groups = len(out_scale)
     shared = (weight, weight_scale, weight_zero, bias, weight_bits, in_features)
-    layer = packed_layer(x_scale, x_zero, *shared)
+    layer = packed_layer(x_scale, x_zero, *shared) if panels.takes(in_features) else None
     if isinstance(layer, panels.PanelLinear) and x.numel():
         told = (out_scale, out_zero) if out_table is None else (out_scale, out_zero, out_table)
         found = _in_panels(layer, x, activation, derived(_quantizers(out_bits), *told))
